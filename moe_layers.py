@@ -1,0 +1,400 @@
+"""Mixture-of-experts layers for value networks: Soft MoE, Top-1 MoE, tokenizers, dense and noisy layers.
+
+The penultimate layer of a Q-network becomes a mixture of experts over the tokens of the encoder's feature map, as in
+"Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML 2024, arXiv 2402.08609):
+
+    tokens = tokenize(features, "PerConv")                         # (B, C, h, w) -> (B, T, D)
+    moe = SoftMoE(num_tokens=121, token_dim=32, num_experts=8)
+    output = moe(tokens)                                           # output.tokens: (B, T, D)
+
+Shapes: B batch, T tokens, D token dim, E experts, S slots per expert, H expert hidden, C/h/w feature map.
+Initialisation and semantics are those of the authors' JAX code (google/dopamine, labs/moes/architectures), with which
+the layers agree to 1e-5. Shapes are static and nothing waits for the device, so every layer runs in a CUDA graph.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOKENIZATIONS = ("PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg")
+
+
+class Routing(NamedTuple):
+    """Where tokens go and what comes back. Soft MoE: two softmaxes; Top-1: one-hot, times the gate for `combine`."""
+
+    dispatch_weights: Tensor  # (B, T, E, S): slot (e, s) reads this mixture of the tokens
+    combine_weights: Tensor  # (B, T, E, S): token t reads this mixture of the slots' outputs
+    router_logits: Tensor  # (B, T, E): before any router noise; for Soft MoE logsumexp over an expert's slots
+    router_probs: Tensor  # (B, T, E): softmax; for Soft MoE combine weights averaged over an expert's slots
+
+
+class MoEOutput(NamedTuple):
+    """What a mixture-of-experts layer returns."""
+
+    tokens: Tensor  # (B, T, D)
+    routing: Routing
+    hidden: Tensor  # (B, E, S, H): the experts' hidden activations, after the ReLU
+
+
+# ----------------------------------------------------------------------------------------------------- initialisers
+
+
+def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
+    """Fill with a normal of std 1/sqrt(fan_in), cut at two sigma and rescaled (Flax's default, `lecun_normal`)."""
+    std = fan_in**-0.5 / 0.87962566103423978  # the std of a unit normal truncated to [-2, 2]
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def signed_sqrt(x: Tensor) -> Tensor:
+    """f(x) = sign(x) sqrt(|x|), the factorised noise of Fortunato et al. (2018), eq. 10-11."""
+    return x.sign() * x.abs().sqrt()
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def tokenize(features: Tensor, tokenization: str) -> Tensor:
+    """Turn a feature map into tokens, (B, C, h, w) -> (B, T, D) (paper, figure 3).
+
+    "PerConv": h*w tokens of dim C, row-major over (h, w). "PerFeat": C tokens of dim h*w. "PerSamp": one token of dim
+    C*h*w, flattened in (h, w, C) order as the authors' channels-last code does. "PerPatch" has parameters: use
+    `PatchTokenizer`. Raises ValueError for any other name.
+    """
+    if tokenization == "PerConv":
+        return features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h*w, C)
+    if tokenization == "PerFeat":
+        return features.flatten(2)  # (B, C, h*w)
+    if tokenization == "PerSamp":
+        return features.permute(0, 2, 3, 1).flatten(1)[:, None]  # (B, 1, h*w*C)
+    raise ValueError(f"unknown tokenization {tokenization!r}: use 'PerConv', 'PerFeat' or 'PerSamp'")
+
+
+class PatchTokenizer(nn.Module):
+    """ "PerPatch" tokens: one per 3x3 patch, embedded by a 3x3/3 VALID convolution, or average-pooled.
+
+    (B, C, h, w) -> (B, (h//3)*(w//3), token_dim). `average=True` has no parameters and keeps C channels. Raises
+    ValueError where `token_dim` does not fit or, in forward, where the feature map is smaller than one patch.
+    Source: authors' networks.py, RoutingType.PER_PATCH.
+    """
+
+    def __init__(self, in_channels: int, token_dim: int | None = None, *, patch_size: int = 3, average: bool = False):
+        super().__init__()
+        token_dim = in_channels if token_dim is None else token_dim
+        check_positive(in_channels=in_channels, token_dim=token_dim, patch_size=patch_size)
+        if average and token_dim != in_channels:
+            raise ValueError(f"average pooling keeps {in_channels} channels: token_dim {token_dim} does not fit")
+        self.patch_size = patch_size
+        if average:
+            self.embedding = nn.AvgPool2d(patch_size)
+        else:
+            self.embedding = nn.Conv2d(in_channels, token_dim, patch_size, stride=patch_size)
+            lecun_normal_(self.embedding.weight, in_channels * patch_size**2)
+            nn.init.zeros_(self.embedding.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if min(features.shape[2:]) < self.patch_size:
+            h, w = features.shape[2:]
+            raise ValueError(f"a {h}x{w} feature map is smaller than one {self.patch_size}x{self.patch_size} patch")
+        return tokenize(self.embedding(features), "PerConv")  # (B, T, D)
+
+
+# ---------------------------------------------------------------------------------------------------------- experts
+
+
+class Experts(nn.Module):
+    """E independent two-layer networks D -> H -> D with a ReLU between, as stacked weights.
+
+    `forward(slots (B, E, S, D)) -> (outputs (B, E, S, D), hidden (B, E, S, H))`. With `noisy`, the first layer has
+    factorised Gaussian noise in training mode: one draw per sample, shared by all experts and slots of that sample
+    (authors' networks.py, ExpertModel: first layer noisy, second never).
+    """
+
+    def __init__(self, num_experts: int, token_dim: int, hidden_dim: int, *, noisy: bool = False, sigma_0: float = 0.1):
+        super().__init__()
+        self.noisy = noisy
+        self.w1 = nn.Parameter(torch.empty(num_experts, token_dim, hidden_dim))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, token_dim))
+        self.b2 = nn.Parameter(torch.zeros(num_experts, token_dim))
+        xavier = math.sqrt(6 / (token_dim + hidden_dim))  # per expert: fan-in and fan-out of one matrix
+        nn.init.uniform_(self.w1, -xavier, xavier)
+        nn.init.uniform_(self.w2, -xavier, xavier)
+        if noisy:
+            bound = token_dim**-0.5
+            nn.init.uniform_(self.w1, -bound, bound)
+            nn.init.uniform_(self.b1, -bound, bound)
+            self.w1_sigma = nn.Parameter(torch.full_like(self.w1, sigma_0 * bound))
+            self.b1_sigma = nn.Parameter(torch.full_like(self.b1, sigma_0 * bound))
+
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        B, E, S, D = slots.shape
+        x = slots.transpose(0, 1).reshape(E, B * S, D)
+        hidden = torch.baddbmm(self.b1[:, None], x, self.w1)  # (E, B*S, H)
+        if self.noisy and self.training:
+            p = signed_sqrt(torch.randn(B, 1, D, device=x.device, dtype=x.dtype))
+            q = signed_sqrt(torch.randn(B, 1, self.w1.shape[2], device=x.device, dtype=x.dtype))
+            scaled = (x.view(E, B, S, D) * p).view(E, B * S, D)
+            noise = torch.baddbmm(self.b1_sigma[:, None], scaled, self.w1_sigma)  # (E, B*S, H)
+            hidden = hidden + (noise.view(E, B, S, -1) * q).view_as(hidden)
+        hidden = F.relu(hidden)
+        outputs = torch.baddbmm(self.b2[:, None], hidden, self.w2)  # (E, B*S, D)
+        return outputs.view(E, B, S, D).transpose(0, 1), hidden.view(E, B, S, -1).transpose(0, 1)
+
+
+def apply_experts(tokens: Tensor, routing: Routing, experts: Experts) -> MoEOutput:
+    """Mix tokens (B, T, D) into slots, run the experts, mix the slots back. The same for sparse and soft routing."""
+    B, T, E, S = routing.dispatch_weights.shape
+    dispatch = routing.dispatch_weights.reshape(B, T, E * S)
+    slots = torch.bmm(dispatch.transpose(1, 2), tokens)  # (B, E*S, D)
+    outputs, hidden = experts(slots.view(B, E, S, -1))  # (B, E, S, D), (B, E, S, H)
+    combine = routing.combine_weights.reshape(B, T, E * S)
+    return MoEOutput(torch.bmm(combine, outputs.reshape(B, E * S, -1)), routing, hidden)  # tokens: (B, T, D)
+
+
+def slots_per_expert(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
+    """S = ceil(T * capacity_factor / E): an expert's slots (Soft MoE) or its capacity per sample (Top-1)."""
+    check_positive(num_tokens=num_tokens, num_experts=num_experts, capacity_factor=capacity_factor)
+    return math.ceil(num_tokens * capacity_factor / num_experts)
+
+
+def check_positive(**sizes: float) -> None:
+    for name, size in sizes.items():
+        if not (size >= 1 or name == "capacity_factor" and size > 0) or size == math.inf:
+            raise ValueError(f"{name} must be {'above 0' if name == 'capacity_factor' else 'at least 1'}, not {size}")
+
+
+# ------------------------------------------------------------------------------------------------------ MoE layers
+
+
+class SoftMoE(nn.Module):
+    """Soft mixture of experts: every slot reads a convex mixture of all tokens (Puigcerver et al., 2308.00951).
+
+    `forward(tokens (B, T, D)) -> MoEOutput`, with S = ceil(T * capacity_factor / E) slots per expert.
+    `normalize` takes the logits from L2-normalised tokens and phi, times a learned scale (2308.00951, section 2.3);
+    the slots always mix the raw tokens. `learned_phi=False` redraws phi ~ N(0, 1) for every sample in every forward,
+    in evaluation too (paper, figure 8; as the authors' code). `noisy`: see `Experts`.
+    Raises ValueError for sizes below 1, `capacity_factor` <= 0, or tokens of another shape.
+    Parameters: phi (D, E, S), scale (1,), experts.{w1, b1, w2, b2}. Source: authors' softmoe.py.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        token_dim: int,
+        num_experts: int,
+        hidden_dim: int = 512,
+        *,
+        capacity_factor: float = 1.0,
+        noisy: bool = False,
+        normalize: bool = False,
+        learned_phi: bool = True,
+    ):
+        super().__init__()
+        check_positive(token_dim=token_dim, hidden_dim=hidden_dim)
+        self.num_tokens, self.token_dim, self.num_experts = num_tokens, token_dim, num_experts
+        self.num_slots = slots_per_expert(num_tokens, num_experts, capacity_factor)
+        self.normalize, self.learned_phi = normalize, learned_phi
+        if learned_phi:
+            self.phi = nn.Parameter(torch.empty(token_dim, num_experts, self.num_slots))
+            lecun_normal_(self.phi, num_experts * token_dim)  # Flax's fan-in of a (D, E, S) kernel is D*E
+        self.scale = nn.Parameter(torch.ones(1))
+        self.experts = Experts(num_experts, token_dim, hidden_dim, noisy=noisy)
+
+    def forward(self, tokens: Tensor) -> MoEOutput:
+        check_tokens(tokens, self.num_tokens, self.token_dim)
+        return apply_experts(tokens, self.route(tokens), self.experts)
+
+    def route(self, tokens: Tensor) -> Routing:
+        """Soft MoE eq. 1-3: logits = X phi; dispatch = softmax over tokens, combine = softmax over all slots."""
+        B, T, D = tokens.shape
+        E, S = self.num_experts, self.num_slots
+        if self.learned_phi:
+            phi = self.phi.flatten(1).expand(B, D, E * S)
+        else:
+            phi = torch.randn(B, D, E * S, device=tokens.device, dtype=tokens.dtype)
+        if self.normalize:
+            tokens = tokens / (torch.linalg.vector_norm(tokens, dim=2, keepdim=True) + 1e-6)
+            phi = self.scale * phi / (torch.linalg.vector_norm(phi, dim=1, keepdim=True) + 1e-6)
+        logits = torch.bmm(tokens, phi)  # (B, T, E*S)
+        dispatch_weights = logits.softmax(dim=1).view(B, T, E, S)
+        combine_weights = logits.softmax(dim=2).view(B, T, E, S)
+        router_logits = logits.view(B, T, E, S).logsumexp(dim=3)  # (B, T, E)
+        return Routing(dispatch_weights, combine_weights, router_logits, combine_weights.mean(dim=3))
+
+
+class Top1MoE(nn.Module):
+    """Sparse mixture of experts: each token goes to its most probable expert (Switch, Fedus et al., 2101.03961).
+
+    `forward(tokens (B, T, D)) -> MoEOutput`. An expert takes at most S = ceil(T * capacity_factor / E) tokens of each
+    sample, in token order; tokens beyond that are dropped (output 0). Outputs are scaled by the gate probability.
+    `router_noise_std` adds Gaussian noise to the logits in training mode (the authors use 1/E, off by default).
+    Raises ValueError for sizes below 1, `capacity_factor` <= 0, negative noise, or tokens of another shape.
+    Parameters: router.weight (E, D), experts.{w1, b1, w2, b2}. Source: authors' moe.py and routers.py.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        token_dim: int,
+        num_experts: int,
+        hidden_dim: int = 512,
+        *,
+        capacity_factor: float = 1.0,
+        noisy: bool = False,
+        router_noise_std: float = 0.0,
+    ):
+        super().__init__()
+        check_positive(token_dim=token_dim, hidden_dim=hidden_dim)
+        if router_noise_std < 0:
+            raise ValueError(f"router_noise_std must not be negative: {router_noise_std}")
+        self.num_tokens, self.token_dim, self.num_experts = num_tokens, token_dim, num_experts
+        self.num_slots = slots_per_expert(num_tokens, num_experts, capacity_factor)
+        self.router_noise_std = router_noise_std
+        self.router = nn.Linear(token_dim, num_experts, bias=False)
+        lecun_normal_(self.router.weight, token_dim)
+        self.experts = Experts(num_experts, token_dim, hidden_dim, noisy=noisy)
+
+    def forward(self, tokens: Tensor) -> MoEOutput:
+        check_tokens(tokens, self.num_tokens, self.token_dim)
+        return apply_experts(tokens, self.route(tokens), self.experts)
+
+    def route(self, tokens: Tensor) -> Routing:
+        logits = self.router(tokens)  # (B, T, E)
+        noisy_logits = logits
+        if self.training and self.router_noise_std > 0:
+            noisy_logits = logits + self.router_noise_std * torch.randn_like(logits)
+        probs = noisy_logits.softmax(dim=2)
+        gate, expert = probs.max(dim=2)  # (B, T)
+        chosen = expert[:, :, None] == torch.arange(self.num_experts, device=tokens.device)  # (B, T, E)
+        queue = (chosen.cumsum(dim=1) * chosen).sum(dim=2) - 1  # (B, T): a token's place among its expert's tokens
+        slot = queue[:, :, None] == torch.arange(self.num_slots, device=tokens.device)  # (B, T, S): overflow fits none
+        dispatch_weights = (chosen[:, :, :, None] & slot[:, :, None, :]).to(tokens.dtype)  # (B, T, E, S)
+        return Routing(dispatch_weights, dispatch_weights * gate[:, :, None, None], logits, probs)
+
+
+def check_tokens(tokens: Tensor, num_tokens: int, token_dim: int) -> None:
+    if tokens.shape[1:] != (num_tokens, token_dim):
+        raise ValueError(f"expected tokens of shape (B, {num_tokens}, {token_dim}), got {tuple(tokens.shape)}")
+
+
+# --------------------------------------------------------------------------------------------- dense, noisy layers
+
+
+class NoisyLinear(nn.Module):
+    """Linear layer with factorised Gaussian noise, a fresh draw per sample (Fortunato et al., 2018; NoisyNets).
+
+    `forward(x (B, in)) -> (B, out)`: x W + b + ((x * p) W_sigma + b_sigma) * q with p, q = f(N(0, 1)),
+    two matrix products instead of B noisy matrices. Silent in eval(). Raises ValueError for sizes below 1.
+    Means start at U(-1/sqrt(in), 1/sqrt(in)), sigmas at sigma_0/sqrt(in) (authors: sigma_0 = 0.1).
+    """
+
+    def __init__(self, in_features: int, out_features: int, sigma_0: float = 0.1):
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features)
+        bound = in_features**-0.5
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full((out_features, in_features), sigma_0 * bound))
+        self.bias_sigma = nn.Parameter(torch.full((out_features,), sigma_0 * bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = F.linear(x, self.weight, self.bias)  # (B, out)
+        if not self.training:
+            return mean
+        p = signed_sqrt(torch.randn_like(x))  # (B, in)
+        q = signed_sqrt(torch.randn_like(mean))  # (B, out)
+        return mean + F.linear(x * p, self.weight_sigma, self.bias_sigma) * q
+
+
+class DenseLayer(nn.Module):
+    """The paper's baseline penultimate layer: flatten, linear, ReLU. (B, ...) -> (B, hidden_dim).
+
+    The "scaled" baseline of the paper is `hidden_dim = 512 * num_experts`. Xavier-uniform weights, zero biases; with
+    `noisy`, a `NoisyLinear` instead. Raises ValueError for sizes below 1.
+    """
+
+    def __init__(self, in_features: int, hidden_dim: int, *, noisy: bool = False):
+        super().__init__()
+        check_positive(in_features=in_features, hidden_dim=hidden_dim)
+        self.linear = NoisyLinear(in_features, hidden_dim) if noisy else nn.Linear(in_features, hidden_dim)
+        if not noisy:
+            nn.init.xavier_uniform_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.linear(x.flatten(1)))
+
+
+# --------------------------------------------------------------------------------------- load balancing, statistics
+
+
+def squared_variation(x: Tensor) -> Tensor:
+    """(std / mean)^2 over the last axis, averaged over the others."""
+    return (x.var(dim=-1, unbiased=False) / x.mean(dim=-1).square()).mean()
+
+
+def importance_loss(router_probs: Tensor) -> Tensor:
+    """(B, T, E) -> 0-D: squared variation of the experts' summed gate probabilities (V-MoE, 2106.05974, app. A.2)."""
+    return squared_variation(router_probs.sum(dim=1))
+
+
+def load_loss(router_logits: Tensor, noisy_logits: Tensor, noise_std: float) -> Tensor:
+    """(B, T, E) twice -> 0-D: squared variation of the experts' smooth load (V-MoE, 2106.05974, app. A.2).
+
+    The load is the probability that an expert would be the top one if the noise on its clean logit were drawn afresh.
+    """
+    threshold = noisy_logits.max(dim=2, keepdim=True).values  # (B, T, 1)
+    win = torch.special.ndtr((router_logits - threshold) / noise_std)  # (B, T, E)
+    return squared_variation(win.mean(dim=1))
+
+
+def entropy_loss(router_probs: Tensor) -> Tensor:
+    """(B, T, E) -> 0-D: 1 - entropy of the histogram of top experts / log E. A statistic: it has no gradient."""
+    E = router_probs.shape[2]
+    top = router_probs.argmax(dim=2, keepdim=True) == torch.arange(E, device=router_probs.device)  # (B, T, E)
+    share = top.sum(dim=1) + 1e-6
+    share = share / share.sum(dim=1, keepdim=True)  # (B, E)
+    return 1 - (-(share * share.log()).sum(dim=1) / math.log(max(E, 2))).mean()
+
+
+@torch.no_grad()
+def routing_stats(output: MoEOutput) -> dict[str, Tensor]:
+    """Statistics of one forward pass as 0-D tensors, for logging.
+
+    `router_entropy`: of a token's distribution over experts, over log E, so in [0, 1]. `expert_load/i`: share of the
+    tokens that expert i processes (Soft MoE: its share of the combine weights). `dropped_fraction`: share of the
+    tokens that no expert took (always 0 in Soft MoE). `dormant_fraction`: see there; `dormant_fraction/i` per expert.
+    """
+    routing, E = output.routing, output.hidden.shape[1]
+    probs = routing.router_probs / routing.router_probs.sum(dim=2, keepdim=True)  # (B, T, E)
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=2).mean() / math.log(max(E, 2))
+    taken = routing.combine_weights.sum(dim=3)  # (B, T, E)
+    total = taken.sum(dim=2, keepdim=True)  # (B, T, 1): 0 where a token was dropped
+    load = (taken / total.clamp_min(1e-12)).mean(dim=(0, 1))  # (E,)
+    dormant = dormant_neurons(output.hidden, 0.0).float().mean(dim=1)  # (E,)
+    return {
+        "router_entropy": entropy,
+        "dropped_fraction": (total == 0).float().mean(),
+        "dormant_fraction": dormant.mean(),
+        **{f"expert_load/{i}": share for i, share in enumerate(load)},
+        **{f"dormant_fraction/{i}": share for i, share in enumerate(dormant)},
+    }
+
+
+def dormant_neurons(hidden: Tensor, tau: float) -> Tensor:
+    """(B, H) or (B, E, S, H) -> (H,) or (E, H) bool: mean |h| over batch and slots is at most tau times the layer's."""
+    score = hidden.abs().mean(dim=0 if hidden.dim() == 2 else (0, 2))
+    return score <= tau * score.mean()
+
+
+@torch.no_grad()
+def dormant_fraction(hidden: Tensor, tau: float = 0.0) -> Tensor:
+    """Share of tau-dormant neurons, (B, H) or (B, E, S, H) -> 0-D (ReDo, Sokar et al., 2302.12902, definition 3.1).
+
+    Every expert's neurons count on their own. The authors' code instead averages hidden unit j over all experts, so
+    that it is dormant only when it is dead in each of them: `dormant_fraction(hidden.flatten(0, 2))`.
+    """
+    return dormant_neurons(hidden, tau).float().mean()
