@@ -1,0 +1,1157 @@
+"""DQN with mixture-of-experts layers on Atari.
+
+    python dqn_softmoe.py --num-experts 8 --env-id BreakoutNoFrameskip-v4
+
+Reproduces the DQN of "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML 2024,
+arXiv 2402.08609): the dense layer before the head of a DQN becomes a Soft MoE over the tokens of the encoder's feature
+map. Needs `moe_layers.py` beside it and nothing else of this repository. The file reads from top to bottom.
+
+Differs from the authors' code (google/dopamine, labs/moes) on purpose:
+- Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not
+  see the newest four transitions. Every update still follows exactly four steps of one policy.
+- The step that resets an environment counts as an agent step (about one in 200 on Breakout, fewer elsewhere).
+- A checkpoint cuts the running episodes (as a truncation: their values bootstrap) because emulators cannot be saved.
+- An episode cut by the frame limit bootstraps from its last frame.
+"""
+
+import csv
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from moe_layers import (
+    DenseLayer,
+    MoEOutput,
+    PatchTokenizer,
+    SoftMoE,
+    Top1MoE,
+    importance_loss,
+    lecun_normal_,
+    load_loss,
+    routing_stats,
+    tokenize,
+)
+
+
+@dataclass
+class Args:
+    # Run
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """Atari id of any style, or another Gymnasium id with single uint8 frames ("my_module:MyGame-v0" imports first)"""
+    seed: int = 1
+    """seed of networks, exploration, replay draws and environments"""
+    total_timesteps: int = 50_000_000
+    """agent steps; one is 4 frames (paper: 200M frames)"""
+    runs_dir: str = "runs"
+    """folder of run directories"""
+    run_name: str | None = None
+    """name of the run directory (default: environment, agent, layer, experts, seed)"""
+    resume: str | None = None
+    """run directory to continue from its last checkpoint, with the arguments it was started with"""
+    checkpoint_every: int = 2_500_000
+    """agent steps between checkpoints, each as large as the replay (0: only at the end and on a signal)"""
+    iteration_steps: int = 250_000
+    """agent steps per row of metrics.csv (paper: 250,000)"""
+    log_every: int = 1_000
+    """agent steps between TensorBoard points"""
+    eval_episodes: int = 10
+    """evaluation episodes at the end of training"""
+    cuda: bool = True
+    """run on the GPU where there is one"""
+    compile: bool = True
+    """torch.compile the loss and its gradient (GPU only)"""
+    cuda_graphs: bool = True
+    """replay acting, storing and learning as CUDA graphs (GPU only)"""
+
+    # Environment
+    num_envs: int = 4
+    """environments stepped in parallel; one round is `num_envs` agent steps"""
+    sticky_actions: float = 0.25
+    """probability that the emulator repeats the previous action (Machado et al., 2018; Atari only)"""
+    noop_max: int = 0
+    """random no-ops at an episode's start, at most (paper: 0; Atari only)"""
+    terminal_on_life_loss: bool = False
+    """a lost life ends the learner's episode while the game goes on (paper: no; Atari only)"""
+
+    # Network
+    layer: Literal["softmoe", "top1moe", "dense"] = "softmoe"
+    """penultimate layer"""
+    num_experts: int | None = None
+    """experts (default 8); for `dense`, the paper's scaled baseline: hidden width times this (default 1)"""
+    expert_hidden_dim: int = 512
+    """hidden width of an expert, or of the dense layer"""
+    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg"] = "PerConv"
+    """how the feature map becomes tokens (paper, figure 3); PerPatchAvg pools patches instead of embedding them"""
+    capacity_factor: float = 1.0
+    """slots per token: an expert has ceil(tokens * this / experts) of them"""
+    normalize_router: bool = False
+    """L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)"""
+    learned_phi: bool = True
+    """learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)"""
+    load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"
+    """auxiliary losses of the router (top1moe; paper, figure 9)"""
+    importance_weight: float = 1.0
+    """weight of the importance loss (authors' code: 1)"""
+    load_weight: float = 1.0
+    """weight of the load loss (authors' code: 1)"""
+    encoder: Literal["impala", "nature"] = "impala"
+    """convolutional encoder (paper: Impala; figure 7: Nature CNN)"""
+    encoder_width: int = 1
+    """multiplies the encoder's channels"""
+
+    # Replay
+    buffer_size: int = 1_000_000
+    """transitions in replay (paper: 1M)"""
+    batch_size: int = 32
+    """transitions per update (paper: 32)"""
+    n_step: int = 1
+    """steps of the return before bootstrapping (paper: 1)"""
+    replay_ratio: float = 0.25
+    """updates per agent step (paper: 0.25; figure 4: 0.5, 1, 2)"""
+    replay_device: Literal["auto", "cpu"] = "auto"
+    """auto: GPU memory when the replay fits there, else host memory"""
+
+    # Optimisation
+    learning_rate: float = 6.25e-5
+    """Adam's learning rate (paper: 6.25e-5)"""
+    adam_eps: float = 1.5e-4
+    """Adam's epsilon (paper: 1.5e-4)"""
+    gamma: float = 0.99
+    """discount (paper: 0.99)"""
+    learning_starts: int = 20_000
+    """agent steps before the first update (paper: 20,000)"""
+    target_network_frequency: int = 8_000
+    """agent steps between copies to the target network (paper: 8,000)"""
+
+    # DQN
+    end_epsilon: float = 0.01
+    """exploration after the decay (paper: 0.01)"""
+    epsilon_decay_steps: int = 250_000
+    """agent steps of linear decay from 1 after learning starts (paper: 250,000)"""
+    eval_epsilon: float = 0.001
+    """exploration in evaluation (paper: 0.001)"""
+
+    def __post_init__(self):
+        if self.num_experts is None:
+            self.num_experts = 1 if self.layer == "dense" else 8
+
+
+def fail(message: str) -> None:
+    """Bad input: one line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_args(args: Args) -> None:
+    """Refuse arguments that cannot work or would silently do nothing."""
+    for name in [
+        "total_timesteps",
+        "iteration_steps",
+        "log_every",
+        "num_envs",
+        "num_experts",
+        "expert_hidden_dim",
+        "encoder_width",
+        "batch_size",
+        "buffer_size",
+        "n_step",
+        "target_network_frequency",
+    ]:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ["seed", "checkpoint_every", "eval_episodes", "noop_max", "epsilon_decay_steps", "learning_starts"]:
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
+    for name in ["sticky_actions", "end_epsilon", "eval_epsilon", "gamma"]:
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must lie in [0, 1]: {getattr(args, name)}")
+    for name in ["capacity_factor", "learning_rate", "adam_eps"]:
+        if not 0 < getattr(args, name) < math.inf:
+            fail(f"--{name.replace('_', '-')} must be above 0: {getattr(args, name)}")
+    for name, layers in (
+        ("tokenization", ("softmoe", "top1moe")),
+        ("capacity_factor", ("softmoe", "top1moe")),
+        ("normalize_router", ("softmoe",)),
+        ("learned_phi", ("softmoe",)),
+        ("load_balancing", ("top1moe",)),
+    ):
+        if args.layer not in layers and getattr(args, name) != getattr(Args, name):
+            fail(f"--{name.replace('_', '-')} has no effect with --layer {args.layer}: it needs {' or '.join(layers)}")
+    updates = args.replay_ratio * args.num_envs
+    if not (updates >= 1 and math.isclose(updates, round(updates))):
+        fail(
+            f"--replay-ratio {args.replay_ratio} with --num-envs {args.num_envs} is {updates:g} updates per round of "
+            f"{args.num_envs} agent steps: it must be a whole number, 1 or more"
+        )
+    need = max(args.batch_size, args.num_envs * (STACK_SIZE + args.n_step + 1))
+    if args.buffer_size < need:
+        fail(f"--buffer-size {args.buffer_size} is too small for batch, stack and n-step: at least {need}")
+    if args.learning_starts < args.num_envs * (args.n_step + 2):
+        fail(f"--learning-starts must be at least {args.num_envs * (args.n_step + 2)} to fill one n-step window")
+
+
+# --------------------------------------------------------------------------------------------------- environments
+
+STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
+
+
+class Step(NamedTuple):
+    """What a round of steps brought, one entry per environment. After a game over, the next step is a reset."""
+
+    frame: np.ndarray  # (N, H, W) uint8
+    reward: np.ndarray  # (N,) raw
+    terminated: np.ndarray  # (N,) bool: the episode ended, for the learner: a lost life may count
+    truncated: np.ndarray  # (N,) bool: it was cut by the frame limit
+    game_over: np.ndarray  # (N,) bool: the next step ignores its action and returns the first frame of a new game
+
+
+class Environments:
+    """N environments that reset themselves in the step after a game over (Gymnasium's NEXT_STEP).
+
+    Atari games run in ale-py's C++ threads: `send`, do other work, `recv`. Anything else runs through `gym.make_vec`.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, description: str, life_loss: bool):
+        self.envs, self.description, self.life_loss = envs, description, life_loss
+        self.num_envs = envs.num_envs
+        self.num_actions = int(envs.single_action_space.n)
+        self.frame_shape = envs.single_observation_space.shape[-2:]  # (H, W)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start a new game everywhere; returns the first frames (N, H, W)."""
+        return self.envs.reset(seed=seed)[0].reshape(self.num_envs, *self.frame_shape)
+
+    def send(self, action: np.ndarray) -> None:
+        """Start a step with actions (N,), all in range: an out-of-range one would hang ale-py."""
+        if isinstance(self.envs, AtariVectorEnv):
+            self.envs.send(action)
+        else:
+            self.action = action
+
+    def recv(self) -> Step:
+        """Wait for the step that `send` began."""
+        atari = isinstance(self.envs, AtariVectorEnv)
+        obs, reward, terminated, truncated, info = self.envs.recv() if atari else self.envs.step(self.action)
+        # With life_loss_info ale-py reports a lost life as terminated, and the game goes on while lives are left.
+        over = truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        return Step(obs.reshape(self.num_envs, *self.frame_shape), reward, terminated, truncated, over)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def make_envs(args: Args, num_envs: int) -> Environments:
+    """The environments of a run: the paper's Atari protocol, or any Gymnasium id with single uint8 frames."""
+    gym.register_envs(ale_py)
+    module, _, env_id = args.env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(env_id)
+    except (gym.error.Error, ImportError, ValueError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    if str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb":
+        envs = AtariVectorEnv(
+            spec.kwargs["game"],
+            num_envs,
+            # Its threads compete with the learner: leave it one core.
+            num_threads=max(1, min(num_envs, (os.cpu_count() or 2) - 1)),
+            repeat_action_probability=args.sticky_actions,
+            life_loss_info=args.terminal_on_life_loss,
+            noop_max=args.noop_max,
+            stack_num=1,
+            use_fire_reset=False,
+            reward_clipping=False,
+        )
+        description = f"ALE {spec.kwargs['game']}, sticky actions {args.sticky_actions:g}, up to {args.noop_max} no-ops"
+        description += ", a lost life is terminal" if args.terminal_on_life_loss else ""
+        return Environments(envs, description, args.terminal_on_life_loss)
+    try:
+        mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs=mode)
+    except Exception as error:  # whatever the environment's own code raises
+        fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}")
+    space, actions = envs.single_observation_space, envs.single_action_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        fail(f"--env-id {args.env_id}: actions must be Discrete and start at 0, not {actions}")
+    shape = space.shape or ()
+    if space.dtype != np.uint8 or not (len(shape) == 2 or len(shape) == 3 and shape[0] == 1):
+        fail(f"--env-id {args.env_id}: observations must be single uint8 frames (H, W), not {space.dtype} {shape}")
+    return Environments(envs, f"Gymnasium {env_id} as it is (no Atari settings apply)", False)
+
+
+def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
+    """Environment seed after `global_step` agent steps of run `seed`; environment i adds i."""
+    return int(np.random.SeedSequence([seed, global_step, evaluation]).generate_state(1)[0]) % 2**30
+
+
+class FrameStack:
+    """The last frames of each environment as the network sees them, on the device; zeros before an episode's start."""
+
+    def __init__(self, num_envs: int, frame_shape: tuple[int, int], device: torch.device):
+        self.obs = torch.zeros(num_envs, STACK_SIZE, *frame_shape, dtype=torch.uint8, device=device)
+
+    def push(self, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
+        """Append frames (N, H, W), forgetting the past where `start` (N,) is set; returns (N, stack, H, W) uint8."""
+        frame, start = (torch.as_tensor(x, device=self.obs.device) for x in (frame, start))
+        past = self.obs[:, 1:] * ~start[:, None, None, None]
+        return self.obs.copy_(torch.cat([past, frame[:, None]], dim=1))
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, padding: int = 0, *, lecun: bool = False):
+    """Convolution with zero biases and Xavier-uniform (or LeCun-normal) weights."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
+    nn.init.zeros_(layer.bias)
+    if lecun:
+        lecun_normal_(layer.weight, in_channels * kernel**2)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """(before, after) padding of one axis for ceil(size / stride) outputs: Flax's SAME puts the odd pixel after."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+class NatureEncoder(nn.Module):
+    """The CNN of Mnih et al. (2015) with Flax's SAME padding: (B, 4, 84, 84) -> (B, 64 * width, 11, 11)."""
+
+    def __init__(self, in_channels: int, width: int = 1):
+        super().__init__()
+        self.conv0 = conv(in_channels, 32 * width, 8, stride=4)
+        self.conv1 = conv(32 * width, 64 * width, 4, stride=2)
+        self.conv2 = conv(64 * width, 64 * width, 3, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.conv0, self.conv1, self.conv2):
+            top, bottom = same_padding(x.shape[2], layer.kernel_size[0], layer.stride[0])
+            left, right = same_padding(x.shape[3], layer.kernel_size[1], layer.stride[1])
+            x = F.relu(layer(F.pad(x, (left, right, top, bottom))))
+        return x
+
+
+class ImpalaStack(nn.Module):
+    """Convolution, max-pool, two residual blocks: (B, C, h, w) -> (B, channels, ceil(h/2), ceil(w/2))."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.conv0 = conv(in_channels, channels, 3, padding=1)
+        self.conv1 = conv(channels, channels, 3, padding=1, lecun=True)
+        self.conv2 = conv(channels, channels, 3, padding=1, lecun=True)
+        self.conv3 = conv(channels, channels, 3, padding=1, lecun=True)
+        self.conv4 = conv(channels, channels, 3, padding=1, lecun=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Flax pads an even axis (0, 1), which is ceil_mode here, and an odd one (1, 1); never with a real value.
+        padding = (x.shape[2] % 2, x.shape[3] % 2)
+        x = F.max_pool2d(self.conv0(x), 3, stride=2, padding=padding, ceil_mode=True)
+        x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
+        return x + self.conv4(F.relu(self.conv3(F.relu(x))))
+
+
+class ImpalaEncoder(nn.Module):
+    """The ResNet of Espeholt et al. (2018): (B, 4, 84, 84) -> (B, 32 * width, 11, 11)."""
+
+    def __init__(self, in_channels: int, width: int = 1):
+        super().__init__()
+        self.stack0 = ImpalaStack(in_channels, 16 * width)
+        self.stack1 = ImpalaStack(16 * width, 32 * width)
+        self.stack2 = ImpalaStack(32 * width, 32 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.stack2(self.stack1(self.stack0(x))))
+
+
+class QNetwork(nn.Module):
+    """Encoder, tokens, mixture of experts (or a dense layer), head.
+
+    `forward(obs uint8 (B, 4, H, W)) -> (q_values (B, A), MoEOutput or None)`. As in the authors' code nothing stands
+    between the experts' output tokens and the head: no ReLU, no residual, no norm.
+    """
+
+    def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
+        super().__init__()
+        encoder = {"impala": ImpalaEncoder, "nature": NatureEncoder}[args.encoder]
+        self.encoder = encoder(obs_shape[0], args.encoder_width)
+        with torch.no_grad():
+            features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
+        self.layer, self.tokenization = args.layer, args.tokenization
+        if args.layer == "dense":
+            num_features = args.expert_hidden_dim * args.num_experts
+            self.moe = DenseLayer(features.numel(), num_features)
+        else:
+            if args.tokenization.startswith("PerPatch"):
+                self.tokenizer = PatchTokenizer(features.shape[1], average=args.tokenization == "PerPatchAvg")
+            _, num_tokens, token_dim = self.tokens(features).shape
+            num_features = num_tokens * token_dim
+            sizes = (num_tokens, token_dim, args.num_experts, args.expert_hidden_dim)
+            if args.layer == "softmoe":
+                router = {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
+                self.moe = SoftMoE(*sizes, capacity_factor=args.capacity_factor, **router)
+            else:
+                self.moe = Top1MoE(*sizes, capacity_factor=args.capacity_factor)
+        self.head = nn.Linear(num_features, num_actions)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
+        self.to(memory_format=torch.channels_last)
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, T, D)."""
+        if self.tokenization.startswith("PerPatch"):
+            return self.tokenizer(features)
+        return tokenize(features, self.tokenization)
+
+    def features(self, obs: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
+        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+        x = self.encoder(x)  # (B, C, h, w)
+        if self.layer == "dense":
+            return self.moe(tokenize(x, "PerSamp")), None
+        output = self.moe(self.tokens(x))
+        return output.tokens.flatten(1), output
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        features, output = self.features(obs)
+        return self.head(features), output  # (B, A)
+
+    def q_values(self, obs: Tensor) -> Tensor:
+        """(B, 4, H, W) uint8 -> (B, A)."""
+        return self(obs)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- replay
+
+
+class Batch(NamedTuple):
+    """B transitions. The loss needs no more than `reward + discount * value(next_obs)`."""
+
+    obs: Tensor  # (B, stack, H, W) uint8
+    action: Tensor  # (B,) int64
+    reward: Tensor  # (B,) float32: n-step return within the episode
+    discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps really taken
+    next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
+    index: Tensor  # (B,) int64: row * num_envs + environment
+
+
+class ReplayBuffer:
+    """Single frames in a ring, one lane per environment; draws transitions exactly uniformly.
+
+    A row of a lane is one agent step: the frame the agent saw, its action, what came of it. Stacks and n-step windows
+    are put together when a transition is drawn. A row can be drawn while all rows of its stack and of its window are
+    in the ring. In each lane rows become drawable, and cease to be, in the order they were added, so the drawable rows
+    are a first-in-first-out queue; drawing is one look-up in it, without rejection.
+    Everything is a tensor of fixed shape, so `add` and `sample` run inside a CUDA graph and never wait for the device.
+    Raises ValueError where the ring is too small for one stack and window.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        frame_shape: tuple[int, int],
+        *,
+        stack_size: int = 4,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        device: torch.device | str = "cpu",
+    ):
+        self.rows, self.num_envs, self.frame_shape = capacity // num_envs, num_envs, tuple(frame_shape)
+        self.stack_size, self.n_step, self.device = stack_size, n_step, torch.device(device)
+        if self.rows < stack_size + n_step + 1:
+            raise ValueError(f"{self.rows} rows per environment cannot hold a stack of {stack_size} and {n_step} steps")
+        shape = (self.rows, num_envs)
+        # One frame more than rows: the last one stays black, for the frames before an episode's start.
+        pixels = math.prod(frame_shape)
+        self.frames = torch.zeros(self.rows * num_envs + 1, pixels, dtype=torch.uint8, device=device)
+        self.action = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.reward = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=device)  # terminated, truncated or cut
+        self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.depth = torch.zeros(shape, dtype=torch.int64, device=device)  # earlier frames in the row's stack
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # rows ever written, per lane
+        # Queue of drawable rows per lane; its last column takes the writes that are none.
+        self.queue = torch.zeros(num_envs, self.rows + 1, dtype=torch.int64, device=device)
+        self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self.tail = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self.lanes = torch.arange(num_envs, device=device)
+        self.stack_offsets = torch.arange(stack_size, device=device)  # 0 .. stack-1
+        self.steps = torch.arange(n_step, device=device)  # 0 .. n-1
+        self.gammas = torch.tensor([gamma**k for k in range(n_step + 1)], device=device)  # (n+1,)
+
+    def __len__(self) -> int:
+        """Number of transitions that can be drawn (waits for the device)."""
+        return int((self.tail - self.head).sum())
+
+    @staticmethod
+    def nbytes(capacity: int, num_envs: int, frame_shape: tuple[int, int]) -> int:
+        """Bytes a buffer takes once it is full."""
+        return capacity // num_envs * num_envs * (math.prod(frame_shape) + 8 + 4 + 3 + 8 + 8)
+
+    def add(self, frame, action, reward, terminated, truncated, valid=None) -> None:
+        """Append one row to every lane; arrays over environments.
+
+        `frame` (N, H, W) is what the agent saw, `action` (N,) what it did there, `reward`, `terminated`, `truncated`
+        (N,) what came of it. `valid=False` marks a row that is no transition: the step that resets, whose frame is the
+        ended episode's last. It ends its episode even if nothing else did, and the values beside it are ignored.
+        """
+        frame = torch.as_tensor(frame, device=self.device).reshape(1, self.num_envs, -1)
+        valid = torch.ones_like(self.valid[:1]) if valid is None else self._row(valid, torch.bool)
+        terminated = self._row(terminated, torch.bool) & valid
+        ended = self._row(truncated, torch.bool) & valid | terminated
+        row = self.cursor % self.rows  # (1,)
+        previous = (row - 1) % self.rows
+        start = ~self.valid[previous] | self.terminated[previous]  # (1, N)
+        depth = torch.where(start, 0, (self.depth[previous] + 1).clamp_max(self.stack_size - 1))
+        self._retire(row)
+        self.frames[:-1].view(self.rows, self.num_envs, -1).index_copy_(0, row, frame)
+        self.action.index_copy_(0, row, self._row(action, torch.int64))
+        self.reward.index_copy_(0, row, self._row(reward, torch.float32))
+        self.terminated.index_copy_(0, row, terminated)
+        self.ended.index_copy_(0, row, ended)
+        self.ended.index_copy_(0, previous, self.ended[previous] | ~valid & self.valid[previous])
+        self.valid.index_copy_(0, row, valid)
+        self.depth.index_copy_(0, row, depth)
+        self._release(row)
+        self.cursor.add_(1)
+
+    def _row(self, values, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values, device=self.device).to(dtype).reshape(1, self.num_envs)
+
+    def _retire(self, row: Tensor) -> None:
+        """Take the rows from the queue whose stack reaches back to `row` (1,), which is about to be overwritten."""
+        rows = (row + self.stack_offsets) % self.rows  # (stack,)
+        gone = self.valid[rows] & (self.depth[rows] == self.stack_offsets[:, None])  # (stack, N)
+        self.head.add_(gone.sum(dim=0))
+
+    def _release(self, row: Tensor) -> None:
+        """Put the rows into the queue whose window is complete now that `row` (1,) is written, oldest first."""
+        rows = (row - 1 - self.steps) % self.rows  # (n,): newest first
+        ended = self.ended[rows]  # (n, N)
+        # Windows that met an earlier end were complete before; of the others, all if row - 1 ended, else the longest.
+        open_until_now = ended.cumsum(dim=0) == ended[:1]
+        longest = self.steps[:, None] == self.n_step - 1
+        complete = self.valid[rows] & open_until_now & (ended[:1] | longest)  # (n, N)
+        count = complete.cumsum(dim=0)
+        place = (self.tail + count[-1] - count) % self.rows
+        place = torch.where(complete, place, self.rows)
+        self.queue.scatter_(1, place.T, rows.expand(self.num_envs, -1))
+        self.tail.add_(count[-1])
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw transitions uniformly, with replacement."""
+        count = (self.tail - self.head).cumsum(dim=0)  # (N,)
+        draw = (torch.rand(batch_size, dtype=torch.float64, device=self.device) * count[-1]).long()  # (B,)
+        lane = torch.searchsorted(count, draw, right=True)
+        place = self.tail[lane] - (count[lane] - draw)
+        row = self.queue[lane, place % self.rows]
+        return self._gather(row, lane)
+
+    def _gather(self, row: Tensor, lane: Tensor) -> Batch:
+        """The transitions that start at rows (B,) of lanes (B,)."""
+        window = (row[:, None] + self.steps) % self.rows * self.num_envs + lane[:, None]  # (B, n)
+        ended = self.ended.view(-1)[window]
+        taken = ended.cumsum(dim=1) - ended.long() == 0  # (B, n): no end before this step
+        reward = (self.reward.view(-1)[window] * taken * self.gammas[:-1]).sum(dim=1)
+        terminated = (self.terminated.view(-1)[window] & taken).any(dim=1)
+        num_steps = taken.sum(dim=1)
+        discount = self.gammas[num_steps] * ~terminated
+        obs = self._stack(row, lane)
+        next_obs = self._stack((row + num_steps) % self.rows, lane)
+        index = row * self.num_envs + lane
+        return Batch(obs, self.action.view(-1)[index], reward, discount, next_obs, index)
+
+    def _stack(self, row: Tensor, lane: Tensor) -> Tensor:
+        """Stacked frames (B, stack, H, W) that end at rows (B,) of lanes (B,)."""
+        offsets = self.stack_offsets.flip(0)  # oldest first
+        index = (row[:, None] - offsets) % self.rows * self.num_envs + lane[:, None]  # (B, stack)
+        inside = offsets <= self.depth[row, lane][:, None]
+        index = torch.where(inside, index, self.rows * self.num_envs)  # the black frame
+        return self.frames.index_select(0, index.view(-1)).view(*index.shape, *self.frame_shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was written, as host tensors."""
+        rows = min(int(self.cursor), self.rows)
+        state = {"frames": self.frames[: rows * self.num_envs].view(rows, self.num_envs, *self.frame_shape)}
+        for name in ("action", "reward", "terminated", "ended", "valid", "depth"):
+            state[name] = getattr(self, name)[:rows]
+        state |= {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
+        return {name: value.cpu() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. Raises ValueError for other sizes, KeyError if a part is missing."""
+        rows = min(int(state["cursor"]), self.rows)
+        targets = {"frames": self.frames[: rows * self.num_envs].view(rows, self.num_envs, *self.frame_shape)}
+        for name in ("action", "reward", "terminated", "ended", "valid", "depth"):
+            targets[name] = getattr(self, name)[:rows]
+        targets |= {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
+        for name, target in targets.items():
+            if state[name].shape != target.shape or state[name].dtype != target.dtype:
+                raise ValueError(f"replay {name} is {tuple(state[name].shape)}, expected {tuple(target.shape)}")
+            target.copy_(state[name])
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on the device; on the host, what the system and the container (cgroup) leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        meminfo = Path("/proc/meminfo").read_text().split()
+        free = int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+        return free
+    except (OSError, ValueError):  # not Linux: what is installed
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
+    """Where the replay goes: on the GPU if it fits, else in host memory; fails before allocating if in neither."""
+    need = ReplayBuffer.nbytes(args.buffer_size, args.num_envs, frame_shape)
+    if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * available_memory(device):
+        return device
+    free = available_memory(torch.device("cpu"))
+    if need > free:
+        fail(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB of memory are free")
+    return torch.device("cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------- loss
+
+
+def load_balancing_loss(output: MoEOutput, args: Args) -> Tensor:
+    """Weighted sum of the chosen auxiliary losses of a Top-1 router; noise std 1/E as in the authors' code."""
+    logits, probs = output.routing.router_logits, output.routing.router_probs
+    loss = torch.zeros((), device=logits.device)
+    if "importance" in args.load_balancing:
+        loss = loss + args.importance_weight * importance_loss(probs)
+    if "load" in args.load_balancing.split("+"):
+        noisy_logits = logits + torch.randn_like(logits) / args.num_experts
+        loss = loss + args.load_weight * load_loss(logits, noisy_logits, 1 / args.num_experts)
+    return loss
+
+
+def td_loss(
+    q_network: QNetwork, target_network: QNetwork, batch: Batch, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error to `reward + discount * max_a Q_target(next_obs, a)` (Mnih et al., 2015, eq. 2).
+
+    Returns the loss (0-D) and 0-D metrics.
+    """
+    q_values, output = q_network(batch.obs)  # (B, A)
+    with torch.no_grad():
+        target = batch.reward + batch.discount * target_network.q_values(batch.next_obs).max(dim=1).values  # (B,)
+    q_taken = q_values.gather(1, batch.action[:, None])[:, 0]  # (B,)
+    loss = F.mse_loss(q_taken, target)
+    metrics = {"td_loss": loss.detach(), "q_values": q_taken.detach().mean()}
+    if args.load_balancing != "none":
+        balancing = load_balancing_loss(output, args)
+        loss = loss + balancing
+        metrics["load_balancing_loss"] = balancing.detach()
+    return loss, metrics | {"loss": loss.detach()}
+
+
+# ----------------------------------------------------------------------------------------------- training, running
+
+
+def linear_schedule(args: Args, global_step: int) -> float:
+    """Exploration: 1 until learning starts, then linearly down to `end_epsilon` (Dopamine's schedule)."""
+    done = (global_step - args.learning_starts) / max(args.epsilon_decay_steps, 1)
+    return 1.0 + (args.end_epsilon - 1.0) * min(max(done, 0.0), 1.0)
+
+
+def select_actions(q_values: Tensor, epsilon: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+    """Epsilon-greedy actions (N,) from q_values (N, A)."""
+    N, A = q_values.shape
+    random = torch.randint(A, (N,), device=q_values.device, generator=generator)
+    explore = torch.rand(N, device=q_values.device, generator=generator) < epsilon
+    return torch.where(explore, random, q_values.argmax(dim=1))
+
+
+@torch.no_grad()
+def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stopped: Callable[[], bool]) -> list[float]:
+    """Raw returns of `num_episodes` whole games at `eval_epsilon` in environments of their own, noise off.
+
+    Each environment plays a fixed share of the games: taking the first to finish would favour short ones. Training's
+    random state is left as it was. Returns fewer only if `stopped()` turns true.
+    """
+    device = next(q_network.parameters()).device
+    envs = make_envs(args, min(num_episodes, 10))
+    stack = FrameStack(envs.num_envs, envs.frame_shape, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    share = np.bincount(np.arange(num_episodes) % envs.num_envs)  # (N,)
+    returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
+    running = np.zeros(envs.num_envs)
+    frame, start = envs.reset(seed), np.ones(envs.num_envs, dtype=bool)
+    resetting = np.zeros(envs.num_envs, dtype=bool)
+    q_network.eval()
+    with tqdm(total=num_episodes, desc="evaluating", unit="episode", **bar_style()) as bar:
+        while bar.n < num_episodes and not stopped():
+            obs = stack.push(frame, start)
+            envs.send(select_actions(q_network.q_values(obs), args.eval_epsilon, generator).cpu().numpy())
+            step = envs.recv()
+            running += step.reward * ~resetting
+            for i in np.flatnonzero(step.game_over & ~resetting):
+                if len(returns[i]) < share[i]:
+                    returns[i].append(float(running[i]))
+                    bar.update()
+                running[i] = 0.0
+            frame, start, resetting = step.frame, resetting | step.terminated, step.game_over & ~resetting
+    q_network.train()
+    envs.close()
+    return [value for lane in returns for value in lane]
+
+
+class CudaGraph:
+    """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
+
+    The first calls run eagerly (cuDNN picks its algorithms, torch.compile compiles), the next is captured, and each
+    call counts once: capturing does not execute. Inputs keep their shapes; host arrays travel through pinned memory.
+    `function` must only use tensors that stay in place, and the default generators for random numbers.
+    """
+
+    def __init__(self, function: Callable, warmup: int = 10):
+        self.function, self.warmup = function, warmup
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] | None = None
+        self.pinned: list[Tensor] = []
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        tensors = [torch.as_tensor(x) for x in inputs]
+        if self.inputs is None:
+            self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
+        for staged, static, x in zip(self.pinned, self.inputs, tensors, strict=True):
+            static.copy_(x if x.is_cuda else staged.copy_(x), non_blocking=True)
+        if self.warmup > 0:
+            self.warmup -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads (TensorBoard, pinning) may call CUDA while this one captures.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+        self.graph.replay()
+        return self.outputs
+
+
+def bar_style() -> dict:
+    """Progress bars fit the terminal; in a log file they print a line every 30 s."""
+    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}
+
+
+class RunLog:
+    """A run directory: config.json, episodes.csv, metrics.csv, TensorBoard events, checkpoints, results.
+
+    episodes.csv: agent step, raw return, length in agent steps. metrics.csv, per iteration: mean raw return of the
+    training episodes that ended in it (the paper's score; empty if none did), and agent steps per second.
+    """
+
+    def __init__(self, run_dir: Path, global_step: int, state: dict | None):
+        self.files = {name: open(run_dir / name, "a+", newline="") for name in ("episodes.csv", "metrics.csv")}  # noqa: SIM115
+        self.writers = {name: csv.writer(file) for name, file in self.files.items()}
+        self.recent: deque[float] = deque(maxlen=100)
+        self.iteration_returns: list[float] = []
+        if state is None:
+            self.writers["episodes.csv"].writerow(["global_step", "episode_return", "episode_length"])
+            self.writers["metrics.csv"].writerow(["iteration", "global_step", "episodes", "mean_return", "sps"])
+        else:  # forget what was logged after the checkpoint
+            self.iteration_returns = list(state["iteration_returns"])
+            self.recent.extend(state["recent"])
+            for name, size in state["sizes"].items():
+                self.files[name].truncate(size)
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1 if state else None)
+        self.started, self.started_step = time.monotonic(), global_step
+
+    def episode(self, global_step: int, episode_return: float, length: int) -> None:
+        self.iteration_returns.append(episode_return)
+        self.recent.append(episode_return)
+        self.writers["episodes.csv"].writerow([global_step, f"{episode_return:g}", length])
+        self.tensorboard.add_scalar("charts/episodic_return", episode_return, global_step)
+        self.tensorboard.add_scalar("charts/episodic_length", length, global_step)
+
+    def iteration(self, number: int, global_step: int) -> None:
+        sps = (global_step - self.started_step) / (time.monotonic() - self.started)
+        self.started, self.started_step = time.monotonic(), global_step
+        returns, self.iteration_returns = self.iteration_returns, []
+        mean = f"{np.mean(returns):.4f}" if returns else ""
+        self.writers["metrics.csv"].writerow([number, global_step, len(returns), mean, f"{sps:.1f}"])
+        if returns:
+            self.tensorboard.add_scalar("charts/iteration_return", np.mean(returns), global_step)
+        self.flush()
+
+    def training(self, bar: tqdm, metrics: dict[str, Tensor], epsilon: float, global_step: int) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        sps = (global_step - self.started_step) / (time.monotonic() - self.started)
+        self.scalars("losses", values, global_step)
+        self.scalars("charts", {"epsilon": epsilon, "sps": sps}, global_step)
+        recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
+        bar.set_postfix_str(f"return {recent}, loss {values.get('loss', math.nan):.4f}", refresh=False)
+
+    def scalars(self, prefix: str, values: dict[str, Tensor | float], global_step: int) -> None:
+        for name, value in values.items():
+            self.tensorboard.add_scalar(f"{prefix}/{name}", float(value), global_step)
+
+    def flush(self) -> None:
+        for file in self.files.values():
+            file.flush()
+
+    def state(self) -> dict:
+        self.flush()
+        sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
+        return {"sizes": sizes, "iteration_returns": self.iteration_returns, "recent": list(self.recent)}
+
+    def close(self) -> None:
+        self.tensorboard.close()
+        for file in self.files.values():
+            file.close()
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def save_checkpoint(run_dir: Path, global_step: int, state: dict, replay: ReplayBuffer) -> bool:
+    """Write checkpoint-<step> beside the last one, then drop that. A crash or a full disk leaves the last one."""
+    path, temporary = run_dir / f"checkpoint-{global_step:010d}", run_dir / "checkpoint.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, value in replay.state_dict().items():
+            with open(temporary / f"replay_{name}.npy", "wb") as file:
+                np.save(file, value.numpy(), allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        tqdm.write(f"warning: no checkpoint at step {global_step}, the last good one stays: {error}", file=sys.stderr)
+        return False
+    for old in run_dir.glob("checkpoint-*"):
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    return max(run_dir.glob("checkpoint-*"), default=None)
+
+
+def load_checkpoint(run_dir: Path, replay: ReplayBuffer, device: torch.device) -> dict:
+    """Fill the replay from the last checkpoint and return the rest of it; fails on a missing or damaged one."""
+    path = last_checkpoint(run_dir)
+    if path is None:
+        fail(f"--resume {run_dir}: there is no checkpoint")
+    try:
+        state = torch.load(path / "state.pt", map_location=device, weights_only=True)
+        names = replay.state_dict()
+        arrays = {name: np.load(path / f"replay_{name}.npy", mmap_mode="c", allow_pickle=False) for name in names}
+        replay.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return state
+    except Exception as error:  # a damaged file can raise nearly anything
+        fail(f"--resume: {path} is damaged or not a checkpoint of this agent: {type(error).__name__}: {error}")
+
+
+RESUME_MAY_CHANGE = "resume total_timesteps checkpoint_every eval_episodes cuda compile cuda_graphs replay_device"
+
+
+def load_args(run_dir: str) -> Args:
+    """The arguments that a run was started with."""
+    try:
+        config = json.loads((Path(run_dir) / "config.json").read_text())
+        if config["script"] != Path(__file__).name:
+            fail(f"--resume {run_dir}: a run of {config['script']}, not of {Path(__file__).name}")
+        return Args(**config["args"] | {"resume": run_dir})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--resume {run_dir}: no run of {Path(__file__).name} is there ({type(error).__name__}: {error})")
+
+
+def check_resume(args: Args, saved: Args) -> None:
+    """Fail where arguments contradict the run that they resume."""
+    contradictions = [
+        f"--{field.name.replace('_', '-')} {getattr(args, field.name)} (was {getattr(saved, field.name)})"
+        for field in fields(Args)
+        if field.name not in RESUME_MAY_CHANGE.split() and getattr(args, field.name) != getattr(saved, field.name)
+    ]
+    if contradictions:
+        fail(f"--resume {args.resume}: arguments contradict the run: {', '.join(contradictions)}")
+
+
+def parse_args() -> Args:
+    """Command line to Args; with --resume, what is not given is as in the resumed run."""
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if args.resume is not None:
+        args = tyro.cli(Args, default=load_args(args.resume))
+    return args
+
+
+def open_run_dir(args: Args) -> Path:
+    """Make a directory that names environment, agent, layer, experts and seed; never one that exists."""
+    agent = Path(__file__).stem.removesuffix("_softmoe")
+    env = args.env_id.replace("/", "-").replace(":", "-")
+    name = args.run_name or f"{env}__{agent}_{args.layer}{args.num_experts}__seed{args.seed}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 10_000))]:
+        run_dir = Path(args.runs_dir) / f"{name}{suffix}"
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            fail(f"cannot write the run directory {run_dir}: {error.strerror}")
+        versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
+        write_json(run_dir / "config.json", {"script": Path(__file__).name, "args": asdict(args), "versions": versions})
+        return run_dir
+    fail(f"too many runs named {name} in {args.runs_dir}")
+
+
+def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork, replay: ReplayBuffer) -> str:
+    """What runs, for the console."""
+
+    def count(*modules: nn.Module) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    device = next(q_network.parameters()).device
+    name = (
+        f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    h, w = envs.frame_shape
+    moe, encoder = q_network.moe, count(q_network.encoder)
+    middle, total = count(moe, getattr(q_network, "tokenizer", nn.Identity())), count(q_network)
+    layer = f"dense layer of {args.expert_hidden_dim * args.num_experts}"
+    if args.layer != "dense":
+        layer = f"{moe.num_tokens} {args.tokenization} tokens of {moe.token_dim}, {args.layer}: "
+        layer += f"{args.num_experts} experts of {args.expert_hidden_dim}, {moe.num_slots} slots each"
+    memory = ReplayBuffer.nbytes(args.buffer_size, args.num_envs, envs.frame_shape)
+    where = "GPU" if replay.device.type == "cuda" else "host"
+    return "\n".join(
+        [
+            f"{Path(__file__).name}: {args.env_id}, seed {args.seed}",
+            f"  environment  {envs.description}",
+            f"               {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}",
+            f"  network      {args.encoder} encoder x{args.encoder_width}, {layer}",
+            f"  parameters   {total:,} = encoder {encoder:,} + {'dense' if args.layer == 'dense' else 'experts'} "
+            f"{middle:,} + head {total - encoder - middle:,}",
+            f"  replay       {args.buffer_size:,} transitions, {memory / 1e9:.2f} GB of {where} memory when full",
+            f"  training     {args.total_timesteps:,} agent steps, {args.replay_ratio:g} updates of "
+            f"{args.batch_size} per step from {args.learning_starts:,} on",
+            f"  device       {name}",
+            f"  run          {run_dir}",
+        ]
+    )
+
+
+def stop_on_signals() -> tuple[Callable[[], bool], Callable[[], None]]:
+    """After SIGTERM, SIGINT or SIGUSR1 the first function returns True; the second restores the old handlers."""
+    received: list[int] = []
+    names = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)]
+    if threading.current_thread() is not threading.main_thread():
+        return (lambda: False), (lambda: None)
+    old = {name: signal.signal(name, lambda number, _: received.append(number)) for name in names}
+    return (lambda: bool(received)), (lambda: [signal.signal(name, handler) for name, handler in old.items()])
+
+
+def check_finite(metrics: dict[str, Tensor], global_step: int, run_dir: Path) -> None:
+    """Stop the run where the loss is not finite; such a state never reaches a checkpoint."""
+    if metrics and not math.isfinite(float(metrics["loss"])):
+        good = last_checkpoint(run_dir)
+        fail(f"the loss is {float(metrics['loss'])} at agent step {global_step}; the last good checkpoint is {good}")
+
+
+def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Routing statistics on a batch from replay; training's random state stays as it is."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _, output = q_network(replay.sample(args.batch_size).obs.to(device))
+    return routing_stats(output)
+
+
+def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stopped, saved: bool) -> None:
+    """After training: weights, evaluation, the last lines on the console."""
+    if global_step >= args.total_timesteps and not stopped():
+        torch.save(q_network.state_dict(), run_dir / "weights.pt")
+        seed = reset_seed(args.seed, global_step, evaluation=True)
+        returns = evaluate(q_network, args, args.eval_episodes, seed, stopped) if args.eval_episodes else []
+        if returns and not stopped():
+            mean = float(np.mean(returns))
+            result = {"episodes": len(returns), "mean_return": mean, "std_return": float(np.std(returns))}
+            result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
+            write_json(run_dir / "eval.json", result)
+            log.scalars("charts", {"eval_return": mean}, global_step)
+            print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
+    recent = f"{np.mean(log.recent):.2f}" if log.recent else "none yet"
+    print(f"{global_step:,} agent steps, return of the last {len(log.recent)} episodes {recent}, in {run_dir}")
+    log.close()
+    if stopped():
+        print(f"stopped by a signal; continue with: python {Path(__file__).name} --resume {run_dir}")
+    if not saved:
+        raise SystemExit(1)
+
+
+def main(args: Args) -> None:
+    if args.resume is not None:
+        saved = load_args(args.resume)
+        args = saved if args == Args(resume=args.resume) else args
+        check_resume(args, saved)
+    check_args(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("no CUDA device: running on the CPU", file=sys.stderr)
+    envs = make_envs(args, args.num_envs)
+    obs_shape = (STACK_SIZE, *envs.frame_shape)
+    torch.manual_seed(args.seed)
+    try:
+        q_network, target_network = (QNetwork(args, obs_shape, envs.num_actions).to(device) for _ in range(2))
+    except ValueError as error:
+        fail(f"the network does not fit {obs_shape[1]}x{obs_shape[2]} frames: {error}")
+    target_network.load_state_dict(q_network.state_dict())
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": device.type == "cuda"}
+    optimizer = torch.optim.Adam(q_network.parameters(), **adam)
+    ring = {"stack_size": STACK_SIZE, "n_step": args.n_step, "gamma": args.gamma}
+    ring["device"] = replay_device(args, envs.frame_shape, device)
+    replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **ring)
+
+    run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
+    global_step, log_state = 0, None
+    if args.resume is not None:
+        checkpoint = load_checkpoint(run_dir, replay, device)
+        q_network.load_state_dict(checkpoint["q_network"])
+        target_network.load_state_dict(checkpoint["target_network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        set_random_state(checkpoint["random"])
+        global_step, log_state = checkpoint["global_step"], checkpoint["log"]
+    log = RunLog(run_dir, global_step, log_state)
+    print(describe(args, run_dir, envs, q_network, replay), flush=True)
+
+    stack = FrameStack(args.num_envs, envs.frame_shape, device)
+    loss_function = torch.compile(td_loss) if device.type == "cuda" and args.compile else td_loss
+
+    @torch.no_grad()
+    def act(frame, start, epsilon):
+        return select_actions(q_network.q_values(stack.push(frame, start)), epsilon)
+
+    def update(*batch):
+        batch = Batch(*batch) if batch else replay.sample(args.batch_size)
+        optimizer.zero_grad(set_to_none=True)
+        loss, metrics = loss_function(q_network, target_network, batch, args)
+        loss.backward()
+        optimizer.step()
+        return metrics
+
+    store, host_replay = replay.add, replay.device != device
+    if device.type == "cuda" and args.cuda_graphs:
+        act, update, store = CudaGraph(act), CudaGraph(update), store if host_replay else CudaGraph(store)
+
+    def checkpoint_now() -> bool:
+        """Cut the running episodes, whose emulators cannot be saved, and save everything the future depends on."""
+        check_finite(metrics, global_step, run_dir)
+        nothing = np.zeros(args.num_envs, dtype=bool)
+        store(frame, action, nothing, nothing, nothing, nothing)  # the frames at which they were cut
+        networks = {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()}
+        state = networks | {"optimizer": optimizer.state_dict(), "random": random_state(device)}
+        return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
+
+    def due(every: int) -> bool:
+        return every > 0 and global_step // every > (global_step - args.num_envs) // every
+
+    updates_per_round = round(args.replay_ratio * args.num_envs)
+    metrics: dict[str, Tensor] = {}
+    saved_step = global_step
+    stopped, restore_handlers = stop_on_signals()
+    with tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **bar_style()) as bar:
+        while global_step < args.total_timesteps and not stopped():
+            if (
+                global_step == saved_step
+            ):  # the seed follows from the step: a resumed run is the same as an unbroken one
+                frame = envs.reset(reset_seed(args.seed, global_step))
+                start, valid = np.ones((2, args.num_envs), dtype=bool)
+                episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
+
+            action = act(frame, start, linear_schedule(args, global_step)).cpu().numpy()
+            envs.send(action)  # emulation overlaps learning
+            if global_step >= args.learning_starts:
+                for _ in range(updates_per_round):
+                    metrics = update(*replay.sample(args.batch_size)) if host_replay else update()
+            step = envs.recv()
+            global_step += args.num_envs
+            bar.update(args.num_envs)
+            store(frame, action, np.clip(step.reward, -1, 1), step.terminated, step.truncated, valid)
+            if due(args.target_network_frequency):
+                target_network.load_state_dict(q_network.state_dict())
+
+            episode_return += step.reward * valid
+            episode_length += valid
+            for i in np.flatnonzero(step.game_over & valid):
+                log.episode(global_step, episode_return[i], int(episode_length[i]))
+                episode_return[i], episode_length[i] = 0.0, 0
+            frame, start, valid = step.frame, ~valid | step.terminated, ~(step.game_over & valid)
+
+            if due(args.log_every):
+                check_finite(metrics, global_step, run_dir)
+                log.training(bar, metrics, linear_schedule(args, global_step), global_step)
+                if metrics and args.layer != "dense":
+                    log.scalars("moe", measure_routing(q_network, replay, args, device), global_step)
+            if due(args.iteration_steps):
+                log.iteration(global_step // args.iteration_steps - 1, global_step)
+            if due(args.checkpoint_every):
+                checkpoint_now()
+                saved_step = global_step
+        saved = checkpoint_now() if global_step > saved_step else True
+    envs.close()
+    finish(args, q_network, log, run_dir, global_step, stopped, saved)
+    restore_handlers()
+
+
+if __name__ == "__main__":
+    main(parse_args())
