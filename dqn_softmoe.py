@@ -699,11 +699,11 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float, generator: torch.G
 
 
 @torch.no_grad()
-def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stopped: Callable[[], bool]) -> list[float]:
+def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stop: "StopSignal") -> list[float]:
     """Raw returns of `num_episodes` whole games at `eval_epsilon` in environments of their own, noise off.
 
     Each environment plays a fixed share of the games: taking the first to finish would favour short ones. Training's
-    random state is left as it was. Returns fewer only if `stopped()` turns true.
+    random state is left as it was. Returns fewer only where a signal stops it.
     """
     device = next(q_network.parameters()).device
     envs = make_envs(args, min(num_episodes, 10))
@@ -716,7 +716,7 @@ def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stop
     resetting = np.zeros(envs.num_envs, dtype=bool)
     q_network.eval()
     with tqdm(total=num_episodes, desc="evaluating", unit="episode", **bar_style()) as bar:
-        while bar.n < num_episodes and not stopped():
+        while bar.n < num_episodes and not stop.received:
             obs = stack.push(frame, start)
             envs.send(select_actions(q_network.q_values(obs), args.eval_epsilon, generator).cpu().numpy())
             step = envs.recv()
@@ -821,7 +821,8 @@ class RunLog:
         self.scalars("losses", values, global_step)
         self.scalars("charts", {"epsilon": epsilon, "sps": sps}, global_step)
         recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
-        bar.set_postfix_str(f"return {recent}, loss {values.get('loss', math.nan):.4f}", refresh=False)
+        loss = f"{values['loss']:.4f}" if values else "-"
+        bar.set_postfix_str(f"return {recent}, loss {loss}", refresh=False)
 
     def scalars(self, prefix: str, values: dict[str, Tensor | float], global_step: int) -> None:
         for name, value in values.items():
@@ -848,37 +849,31 @@ def write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+def write_synced(path: Path, write: Callable) -> None:
+    """Call `write(file)` and wait until the file is on the disk."""
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_checkpoint(run_dir: Path, global_step: int, state: dict, replay: ReplayBuffer) -> bool:
-    """Write checkpoint-<step> beside the last one, then drop that. A crash or a full disk leaves the last one."""
-    path, temporary = run_dir / f"checkpoint-{global_step:010d}", run_dir / "checkpoint.tmp"
+    """Write checkpoint-<step> beside the last one, then drop that: a crash or a full disk leaves the last one.
+
+    Returns False, after a warning, where it could not be written.
+    """
+    path, temporary = run_dir / f"checkpoint-{global_step:012d}", run_dir / "checkpoint.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, value in replay.state_dict().items():
-            with open(temporary / f"replay_{name}.npy", "wb") as file:
-                np.save(file, value.numpy(), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(path, ignore_errors=True)
+            write_synced(temporary / f"replay_{name}.npy", lambda file, value=value: np.save(file, value.numpy()))
+        write_synced(temporary / "state.pt", lambda file: torch.save(state, file))
         temporary.rename(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        tqdm.write(f"warning: no checkpoint at step {global_step}, the last good one stays: {error}", file=sys.stderr)
+        message = f"warning: no checkpoint at agent step {global_step}, the last good one stays: {error}"
+        tqdm.write(message, file=sys.stderr)
         return False
     for old in run_dir.glob("checkpoint-*"):
         if old != path:
@@ -890,22 +885,28 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(run_dir.glob("checkpoint-*"), default=None)
 
 
-def load_checkpoint(run_dir: Path, replay: ReplayBuffer, device: torch.device) -> dict:
-    """Fill the replay from the last checkpoint and return the rest of it; fails on a missing or damaged one."""
+def load_checkpoint(run_dir: Path, parts: dict, replay: ReplayBuffer, device: torch.device) -> dict:
+    """Restore networks, optimizer, replay and random state from the last checkpoint; returns the rest of it.
+
+    Fails on a missing, damaged or foreign one.
+    """
     path = last_checkpoint(run_dir)
     if path is None:
         fail(f"--resume {run_dir}: there is no checkpoint")
     try:
-        state = torch.load(path / "state.pt", map_location=device, weights_only=True)
-        names = replay.state_dict()
-        arrays = {name: np.load(path / f"replay_{name}.npy", mmap_mode="c", allow_pickle=False) for name in names}
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        arrays = {name: np.load(path / f"replay_{name}.npy", mmap_mode="c") for name in replay.state_dict()}
         replay.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-        return state
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for group in parts["optimizer"].param_groups:
+            group["capturable"] = device.type == "cuda"  # the run may have moved to another device
+        torch.set_rng_state(state["random"]["cpu"])
+        if device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+        return {"global_step": int(state["global_step"]), "log": state["log"]}
     except Exception as error:  # a damaged file can raise nearly anything
-        fail(f"--resume: {path} is damaged or not a checkpoint of this agent: {type(error).__name__}: {error}")
-
-
-RESUME_MAY_CHANGE = "resume total_timesteps checkpoint_every eval_episodes cuda compile cuda_graphs replay_device"
+        fail(f"--resume: {path} is damaged or not a checkpoint of this run: {type(error).__name__}: {error}")
 
 
 def load_args(run_dir: str) -> Args:
@@ -920,11 +921,12 @@ def load_args(run_dir: str) -> Args:
 
 
 def check_resume(args: Args, saved: Args) -> None:
-    """Fail where arguments contradict the run that they resume."""
+    """Fail where arguments contradict the run that they resume; these may change:"""
+    may_change = "resume total_timesteps checkpoint_every eval_episodes cuda compile cuda_graphs replay_device".split()
     contradictions = [
         f"--{field.name.replace('_', '-')} {getattr(args, field.name)} (was {getattr(saved, field.name)})"
         for field in fields(Args)
-        if field.name not in RESUME_MAY_CHANGE.split() and getattr(args, field.name) != getattr(saved, field.name)
+        if field.name not in may_change and getattr(args, field.name) != getattr(saved, field.name)
     ]
     if contradictions:
         fail(f"--resume {args.resume}: arguments contradict the run: {', '.join(contradictions)}")
@@ -964,43 +966,48 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
         return sum(p.numel() for module in modules for p in module.parameters())
 
     device = next(q_network.parameters()).device
-    name = (
-        f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    processor = (
+        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     )
-    h, w = envs.frame_shape
     moe, encoder = q_network.moe, count(q_network.encoder)
     middle, total = count(moe, getattr(q_network, "tokenizer", nn.Identity())), count(q_network)
     layer = f"dense layer of {args.expert_hidden_dim * args.num_experts}"
     if args.layer != "dense":
-        layer = f"{moe.num_tokens} {args.tokenization} tokens of {moe.token_dim}, {args.layer}: "
-        layer += f"{args.num_experts} experts of {args.expert_hidden_dim}, {moe.num_slots} slots each"
+        layer = f"{args.layer}, {args.num_experts} experts of {args.expert_hidden_dim}, {moe.num_slots} slots each, "
+        layer += f"{moe.num_tokens} tokens of {moe.token_dim}"
     memory = ReplayBuffer.nbytes(args.buffer_size, args.num_envs, envs.frame_shape)
     where = "GPU" if replay.device.type == "cuda" else "host"
-    return "\n".join(
-        [
-            f"{Path(__file__).name}: {args.env_id}, seed {args.seed}",
-            f"  environment  {envs.description}",
-            f"               {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}",
-            f"  network      {args.encoder} encoder x{args.encoder_width}, {layer}",
-            f"  parameters   {total:,} = encoder {encoder:,} + {'dense' if args.layer == 'dense' else 'experts'} "
-            f"{middle:,} + head {total - encoder - middle:,}",
-            f"  replay       {args.buffer_size:,} transitions, {memory / 1e9:.2f} GB of {where} memory when full",
-            f"  training     {args.total_timesteps:,} agent steps, {args.replay_ratio:g} updates of "
-            f"{args.batch_size} per step from {args.learning_starts:,} on",
-            f"  device       {name}",
-            f"  run          {run_dir}",
-        ]
-    )
+    h, w = envs.frame_shape
+    return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
+  environment  {envs.description}
+               {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}
+  encoder      {args.encoder}, width {args.encoder_width}
+  layer        {layer}
+  parameters   {total:,} = encoder {encoder:,} + layer {middle:,} + head {total - encoder - middle:,}
+  replay       {args.buffer_size:,} transitions, {memory / 1e9:.2f} GB of {where} memory when full
+  training     {args.total_timesteps:,} agent steps ({4 * args.total_timesteps:,} frames)
+               {args.replay_ratio:g} updates of {args.batch_size} per step, from step {args.learning_starts:,}
+  device       {processor}
+  run          {run_dir}"""
 
 
-def stop_on_signals() -> tuple[Callable[[], bool], Callable[[], None]]:
-    """After SIGTERM, SIGINT or SIGUSR1 the first function returns True; the second restores the old handlers."""
-    received: list[int] = []
-    names = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)]
-    if threading.current_thread() is not threading.main_thread():
-        return (lambda: False), (lambda: None)
-    old = {name: signal.signal(name, lambda number, _: received.append(number)) for name in names}
-    return (lambda: bool(received)), (lambda: [signal.signal(name, handler) for name, handler in old.items()])
+class StopSignal:
+    """`with StopSignal() as stop`: SIGTERM, SIGINT or SIGUSR1 sets `stop.received`; a second one acts as usual."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received, self.old = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for name in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)}:
+                self.old[name] = signal.signal(name, self.receive)
+        return self
+
+    def receive(self, *_) -> None:
+        self.received = True
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for name, handler in self.old.items():
+            signal.signal(name, handler)
 
 
 def check_finite(metrics: dict[str, Tensor], global_step: int, run_dir: Path) -> None:
@@ -1017,65 +1024,57 @@ def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, devic
     return routing_stats(output)
 
 
-def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stopped, saved: bool) -> None:
-    """After training: weights, evaluation, the last lines on the console."""
-    if global_step >= args.total_timesteps and not stopped():
-        torch.save(q_network.state_dict(), run_dir / "weights.pt")
-        seed = reset_seed(args.seed, global_step, evaluation=True)
-        returns = evaluate(q_network, args, args.eval_episodes, seed, stopped) if args.eval_episodes else []
-        if returns and not stopped():
-            mean = float(np.mean(returns))
-            result = {"episodes": len(returns), "mean_return": mean, "std_return": float(np.std(returns))}
-            result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
-            write_json(run_dir / "eval.json", result)
-            log.scalars("charts", {"eval_return": mean}, global_step)
-            print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
-    recent = f"{np.mean(log.recent):.2f}" if log.recent else "none yet"
-    print(f"{global_step:,} agent steps, return of the last {len(log.recent)} episodes {recent}, in {run_dir}")
-    log.close()
-    if stopped():
-        print(f"stopped by a signal; continue with: python {Path(__file__).name} --resume {run_dir}")
-    if not saved:
-        raise SystemExit(1)
+def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stop: StopSignal) -> None:
+    """After the last step: final weights, evaluation, what came out of it."""
+    torch.save(q_network.state_dict(), run_dir / "weights.pt")
+    seed = reset_seed(args.seed, global_step, evaluation=True)
+    returns = evaluate(q_network, args, args.eval_episodes, seed, stop) if args.eval_episodes else []
+    if returns and not stop.received:
+        result = {
+            "episodes": len(returns),
+            "mean_return": float(np.mean(returns)),
+            "std_return": float(np.std(returns)),
+        }
+        result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
+        write_json(run_dir / "eval.json", result)
+        log.scalars("charts", {"eval_return": result["mean_return"]}, global_step)
+        print(f"evaluation: mean return {result['mean_return']:.2f} over {len(returns)} episodes")
 
 
 def main(args: Args) -> None:
     if args.resume is not None:
-        saved = load_args(args.resume)
-        args = saved if args == Args(resume=args.resume) else args
-        check_resume(args, saved)
+        check_resume(args, load_args(args.resume))
     check_args(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.cuda and device.type == "cpu":
+    on_gpu = device.type == "cuda"
+    if args.cuda and not on_gpu:
         print("no CUDA device: running on the CPU", file=sys.stderr)
-    envs = make_envs(args, args.num_envs)
-    obs_shape = (STACK_SIZE, *envs.frame_shape)
+    torch.backends.cudnn.benchmark = on_gpu
     torch.manual_seed(args.seed)
+    envs = make_envs(args, args.num_envs)
     try:
-        q_network, target_network = (QNetwork(args, obs_shape, envs.num_actions).to(device) for _ in range(2))
+        sizes = (args, (STACK_SIZE, *envs.frame_shape), envs.num_actions)
+        q_network, target_network = QNetwork(*sizes).to(device), QNetwork(*sizes).to(device)
     except ValueError as error:
-        fail(f"the network does not fit {obs_shape[1]}x{obs_shape[2]} frames: {error}")
+        fail(f"the network does not fit frames of {envs.frame_shape}: {error}")
     target_network.load_state_dict(q_network.state_dict())
-    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": device.type == "cuda"}
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": on_gpu}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    ring = {"stack_size": STACK_SIZE, "n_step": args.n_step, "gamma": args.gamma}
-    ring["device"] = replay_device(args, envs.frame_shape, device)
-    replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **ring)
-
-    run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
-    global_step, log_state = 0, None
+    window = {"stack_size": STACK_SIZE, "n_step": args.n_step, "gamma": args.gamma}
+    memory = replay_device(args, envs.frame_shape, device)
+    replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=memory)
+    parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    state = {"global_step": 0, "log": None}
     if args.resume is not None:
-        checkpoint = load_checkpoint(run_dir, replay, device)
-        q_network.load_state_dict(checkpoint["q_network"])
-        target_network.load_state_dict(checkpoint["target_network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        set_random_state(checkpoint["random"])
-        global_step, log_state = checkpoint["global_step"], checkpoint["log"]
-    log = RunLog(run_dir, global_step, log_state)
+        state = load_checkpoint(Path(args.resume), parts, replay, device)
+    run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
+    global_step = saved_step = state["global_step"]
+    log = RunLog(run_dir, global_step, state["log"])
     print(describe(args, run_dir, envs, q_network, replay), flush=True)
 
     stack = FrameStack(args.num_envs, envs.frame_shape, device)
-    loss_function = torch.compile(td_loss) if device.type == "cuda" and args.compile else td_loss
+    loss_function = torch.compile(td_loss) if on_gpu and args.compile else td_loss
+    metrics: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def act(frame, start, epsilon):
@@ -1089,68 +1088,71 @@ def main(args: Args) -> None:
         optimizer.step()
         return metrics
 
-    store, host_replay = replay.add, replay.device != device
-    if device.type == "cuda" and args.cuda_graphs:
-        act, update, store = CudaGraph(act), CudaGraph(update), store if host_replay else CudaGraph(store)
-
-    def checkpoint_now() -> bool:
-        """Cut the running episodes, whose emulators cannot be saved, and save everything the future depends on."""
-        check_finite(metrics, global_step, run_dir)
-        nothing = np.zeros(args.num_envs, dtype=bool)
-        store(frame, action, nothing, nothing, nothing, nothing)  # the frames at which they were cut
-        networks = {"q_network": q_network.state_dict(), "target_network": target_network.state_dict()}
-        state = networks | {"optimizer": optimizer.state_dict(), "random": random_state(device)}
-        return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
+    store, learn_from_host = replay.add, memory != device
+    if on_gpu and args.cuda_graphs:
+        act, update, store = CudaGraph(act), CudaGraph(update), store if learn_from_host else CudaGraph(store)
 
     def due(every: int) -> bool:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
 
-    updates_per_round = round(args.replay_ratio * args.num_envs)
-    metrics: dict[str, Tensor] = {}
-    saved_step = global_step
-    stopped, restore_handlers = stop_on_signals()
-    with tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **bar_style()) as bar:
-        while global_step < args.total_timesteps and not stopped():
-            if (
-                global_step == saved_step
-            ):  # the seed follows from the step: a resumed run is the same as an unbroken one
+    def checkpoint() -> bool:
+        check_finite(metrics, global_step, run_dir)
+        no = np.zeros(args.num_envs, dtype=bool)
+        store(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
+        random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
+        state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
+        return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
+
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **bar_style())
+    with StopSignal() as stop:
+        while global_step < args.total_timesteps and not stop.received:
+            if global_step == saved_step:  # the seed follows from the step: a resumed run equals an unbroken one
                 frame = envs.reset(reset_seed(args.seed, global_step))
                 start, valid = np.ones((2, args.num_envs), dtype=bool)
                 episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=int)
 
-            action = act(frame, start, linear_schedule(args, global_step)).cpu().numpy()
-            envs.send(action)  # emulation overlaps learning
+            epsilon = linear_schedule(args, global_step)
+            action = act(frame, start, epsilon).cpu().numpy()
+            envs.send(action)  # emulation goes on while the learner works
             if global_step >= args.learning_starts:
-                for _ in range(updates_per_round):
-                    metrics = update(*replay.sample(args.batch_size)) if host_replay else update()
+                for _ in range(round(args.replay_ratio * args.num_envs)):
+                    metrics = update(*replay.sample(args.batch_size)) if learn_from_host else update()
             step = envs.recv()
+            store(frame, action, np.clip(step.reward, -1, 1), step.terminated, step.truncated, valid)
             global_step += args.num_envs
             bar.update(args.num_envs)
-            store(frame, action, np.clip(step.reward, -1, 1), step.terminated, step.truncated, valid)
             if due(args.target_network_frequency):
                 target_network.load_state_dict(q_network.state_dict())
 
             episode_return += step.reward * valid
             episode_length += valid
-            for i in np.flatnonzero(step.game_over & valid):
-                log.episode(global_step, episode_return[i], int(episode_length[i]))
-                episode_return[i], episode_length[i] = 0.0, 0
-            frame, start, valid = step.frame, ~valid | step.terminated, ~(step.game_over & valid)
+            over = step.game_over & valid
+            for i in np.flatnonzero(over):
+                log.episode(global_step, episode_return[i], episode_length[i])
+            episode_return[over], episode_length[over] = 0, 0
+            frame, start, valid = step.frame, ~valid | step.terminated, ~over  # after a game over: the reset step
 
             if due(args.log_every):
                 check_finite(metrics, global_step, run_dir)
-                log.training(bar, metrics, linear_schedule(args, global_step), global_step)
-                if metrics and args.layer != "dense":
+                log.training(bar, metrics, epsilon, global_step)
+                if args.layer != "dense" and metrics:
                     log.scalars("moe", measure_routing(q_network, replay, args, device), global_step)
             if due(args.iteration_steps):
                 log.iteration(global_step // args.iteration_steps - 1, global_step)
             if due(args.checkpoint_every):
-                checkpoint_now()
+                checkpoint()
                 saved_step = global_step
-        saved = checkpoint_now() if global_step > saved_step else True
-    envs.close()
-    finish(args, q_network, log, run_dir, global_step, stopped, saved)
-    restore_handlers()
+        saved = global_step == saved_step or checkpoint()
+        bar.close()
+        envs.close()
+        if global_step >= args.total_timesteps and not stop.received:
+            finish(args, q_network, log, run_dir, global_step, stop)
+    log.close()
+    print(f"{global_step:,} agent steps done, in {run_dir}")
+    if stop.received and saved:
+        print(f"stopped by a signal; continue with: python {Path(__file__).name} --resume {run_dir}")
+    if not saved:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
