@@ -205,7 +205,7 @@ def check_args(args: Args) -> None:
             f"--replay-ratio {args.replay_ratio} with --num-envs {args.num_envs} is {updates:g} updates per round of "
             f"{args.num_envs} agent steps: it must be a whole number, 1 or more"
         )
-    need = max(args.batch_size, args.num_envs * (STACK_SIZE + args.n_step + 1))
+    need = max(args.batch_size, args.num_envs * (STACK_SIZE + args.n_step))
     if args.buffer_size < need:
         fail(f"--buffer-size {args.buffer_size} is too small for batch, stack and n-step: at least {need}")
     if args.learning_starts < args.num_envs * (args.n_step + 2):
@@ -353,7 +353,9 @@ class NatureEncoder(nn.Module):
         for layer in (self.conv0, self.conv1, self.conv2):
             top, bottom = same_padding(x.shape[2], layer.kernel_size[0], layer.stride[0])
             left, right = same_padding(x.shape[3], layer.kernel_size[1], layer.stride[1])
-            x = F.relu(layer(F.pad(x, (left, right, top, bottom))))
+            if (top, left) != (bottom, right):  # the convolution itself can only pad both sides alike
+                x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+            x = F.relu(F.conv2d(x, layer.weight, layer.bias, layer.stride, (top, left)))
         return x
 
 
@@ -431,7 +433,7 @@ class QNetwork(nn.Module):
 
     def features(self, obs: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
-        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last).div_(255)
         x = self.encoder(x)  # (B, C, h, w)
         if self.layer == "dense":
             return self.moe(tokenize(x, "PerSamp")), None
@@ -485,7 +487,7 @@ class ReplayBuffer:
     ):
         self.rows, self.num_envs, self.frame_shape = capacity // num_envs, num_envs, tuple(frame_shape)
         self.stack_size, self.n_step, self.device = stack_size, n_step, torch.device(device)
-        if self.rows < stack_size + n_step + 1:
+        if self.rows < stack_size + n_step:
             raise ValueError(f"{self.rows} rows per environment cannot hold a stack of {stack_size} and {n_step} steps")
         shape = (self.rows, num_envs)
         # One frame more than rows: the last one stays black, for the frames before an episode's start.
@@ -496,7 +498,7 @@ class ReplayBuffer:
         self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         self.ended = torch.zeros(shape, dtype=torch.bool, device=device)  # terminated, truncated or cut
         self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.depth = torch.zeros(shape, dtype=torch.int64, device=device)  # earlier frames in the row's stack
+        self.depth = torch.zeros(shape, dtype=torch.uint8, device=device)  # earlier frames in the row's stack
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # rows ever written, per lane
         # Queue of drawable rows per lane; its last column takes the writes that are none.
         self.queue = torch.zeros(num_envs, self.rows + 1, dtype=torch.int64, device=device)
@@ -514,7 +516,7 @@ class ReplayBuffer:
     @staticmethod
     def nbytes(capacity: int, num_envs: int, frame_shape: tuple[int, int]) -> int:
         """Bytes a buffer takes once it is full."""
-        return capacity // num_envs * num_envs * (math.prod(frame_shape) + 8 + 4 + 3 + 8 + 8)
+        return capacity // num_envs * num_envs * (math.prod(frame_shape) + 8 + 4 + 4 + 8)
 
     def add(self, frame, action, reward, terminated, truncated, valid=None) -> None:
         """Append one row to every lane; arrays over environments.
@@ -580,7 +582,7 @@ class ReplayBuffer:
         window = (row[:, None] + self.steps) % self.rows * self.num_envs + lane[:, None]  # (B, n)
         ended = self.ended.view(-1)[window]
         taken = ended.cumsum(dim=1) - ended.long() == 0  # (B, n): no end before this step
-        reward = (self.reward.view(-1)[window] * taken * self.gammas[:-1]).sum(dim=1)
+        reward = (torch.where(taken, self.reward.view(-1)[window], 0) * self.gammas[:-1]).sum(dim=1)
         terminated = (self.terminated.view(-1)[window] & taken).any(dim=1)
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~terminated
@@ -616,6 +618,7 @@ class ReplayBuffer:
         for name, target in targets.items():
             if state[name].shape != target.shape or state[name].dtype != target.dtype:
                 raise ValueError(f"replay {name} is {tuple(state[name].shape)}, expected {tuple(target.shape)}")
+        for name, target in targets.items():
             target.copy_(state[name])
 
 
@@ -745,15 +748,17 @@ class CudaGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] | None = None
         self.pinned: list[Tensor] = []
-        self.stream = torch.cuda.Stream()
+        self.stream, self.copied = torch.cuda.Stream(), torch.cuda.Event()
 
     def __call__(self, *inputs):
         tensors = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
             self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
+        self.copied.synchronize()  # the last call's copies still read the pinned buffers
         for staged, static, x in zip(self.pinned, self.inputs, tensors, strict=True):
             static.copy_(x if x.is_cuda else staged.copy_(x), non_blocking=True)
+        self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -1081,7 +1086,7 @@ def main(args: Args) -> None:
         return select_actions(q_network.q_values(stack.push(frame, start)), epsilon)
 
     def update(*batch):
-        batch = Batch(*batch) if batch else replay.sample(args.batch_size)
+        batch = Batch(*(x.to(device) for x in batch)) if batch else replay.sample(args.batch_size)
         optimizer.zero_grad(set_to_none=True)
         loss, metrics = loss_function(q_network, target_network, batch, args)
         loss.backward()
@@ -1128,7 +1133,7 @@ def main(args: Args) -> None:
             episode_length += valid
             over = step.game_over & valid
             for i in np.flatnonzero(over):
-                log.episode(global_step, episode_return[i], episode_length[i])
+                log.episode(global_step, float(episode_return[i]), int(episode_length[i]))
             episode_return[over], episode_length[over] = 0, 0
             frame, start, valid = step.frame, ~valid | step.terminated, ~over  # after a game over: the reset step
 

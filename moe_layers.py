@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOKENIZATIONS = ("PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg")
+SIGMA_0 = 0.1  # initial scale of noisy weights (authors' code; Fortunato et al. use 0.5)
 
 
 class Routing(NamedTuple):
@@ -60,8 +60,8 @@ def tokenize(features: Tensor, tokenization: str) -> Tensor:
     """Turn a feature map into tokens, (B, C, h, w) -> (B, T, D) (paper, figure 3).
 
     "PerConv": h*w tokens of dim C, row-major over (h, w). "PerFeat": C tokens of dim h*w. "PerSamp": one token of dim
-    C*h*w, flattened in (h, w, C) order as the authors' channels-last code does. "PerPatch" has parameters: use
-    `PatchTokenizer`. Raises ValueError for any other name.
+    C*h*w, flattened in (h, w, C) order as the authors' channels-last code does. Raises ValueError for any other name:
+    "PerPatch" has parameters, see `PatchTokenizer`.
     """
     if tokenization == "PerConv":
         return features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h*w, C)
@@ -69,7 +69,9 @@ def tokenize(features: Tensor, tokenization: str) -> Tensor:
         return features.flatten(2)  # (B, C, h*w)
     if tokenization == "PerSamp":
         return features.permute(0, 2, 3, 1).flatten(1)[:, None]  # (B, 1, h*w*C)
-    raise ValueError(f"unknown tokenization {tokenization!r}: use 'PerConv', 'PerFeat' or 'PerSamp'")
+    raise ValueError(
+        f"tokenization {tokenization!r} is not 'PerConv', 'PerFeat' or 'PerSamp' (patches: PatchTokenizer)"
+    )
 
 
 class PatchTokenizer(nn.Module):
@@ -112,7 +114,7 @@ class Experts(nn.Module):
     (authors' networks.py, ExpertModel: first layer noisy, second never).
     """
 
-    def __init__(self, num_experts: int, token_dim: int, hidden_dim: int, *, noisy: bool = False, sigma_0: float = 0.1):
+    def __init__(self, num_experts: int, token_dim: int, hidden_dim: int, *, noisy: bool = False):
         super().__init__()
         self.noisy = noisy
         self.w1 = nn.Parameter(torch.empty(num_experts, token_dim, hidden_dim))
@@ -126,8 +128,8 @@ class Experts(nn.Module):
             bound = token_dim**-0.5
             nn.init.uniform_(self.w1, -bound, bound)
             nn.init.uniform_(self.b1, -bound, bound)
-            self.w1_sigma = nn.Parameter(torch.full_like(self.w1, sigma_0 * bound))
-            self.b1_sigma = nn.Parameter(torch.full_like(self.b1, sigma_0 * bound))
+            self.w1_sigma = nn.Parameter(torch.full_like(self.w1, SIGMA_0 * bound))
+            self.b1_sigma = nn.Parameter(torch.full_like(self.b1, SIGMA_0 * bound))
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         B, E, S, D = slots.shape
@@ -177,7 +179,8 @@ class SoftMoE(nn.Module):
     the slots always mix the raw tokens. `learned_phi=False` redraws phi ~ N(0, 1) for every sample in every forward,
     in evaluation too (paper, figure 8; as the authors' code). `noisy`: see `Experts`.
     Raises ValueError for sizes below 1, `capacity_factor` <= 0, or tokens of another shape.
-    Parameters: phi (D, E, S), scale (1,), experts.{w1, b1, w2, b2}. Source: authors' softmoe.py.
+    Parameters: phi (D, E, S) unless redrawn, scale (1,), which only `normalize` uses, experts.{w1, b1, w2, b2}.
+    Source: authors' softmoe.py.
     """
 
     def __init__(
@@ -230,7 +233,8 @@ class Top1MoE(nn.Module):
 
     `forward(tokens (B, T, D)) -> MoEOutput`. An expert takes at most S = ceil(T * capacity_factor / E) tokens of each
     sample, in token order; tokens beyond that are dropped (output 0). Outputs are scaled by the gate probability.
-    `router_noise_std` adds Gaussian noise to the logits in training mode (the authors use 1/E, off by default).
+    `router_noise_std` adds Gaussian noise to the logits in training mode (the authors use 1/E, off by default, and
+    then in evaluation too). Slots that no token fills read zeros.
     Raises ValueError for sizes below 1, `capacity_factor` <= 0, negative noise, or tokens of another shape.
     Parameters: router.weight (E, D), experts.{w1, b1, w2, b2}. Source: authors' moe.py and routers.py.
     """
@@ -248,8 +252,8 @@ class Top1MoE(nn.Module):
     ):
         super().__init__()
         check_positive(token_dim=token_dim, hidden_dim=hidden_dim)
-        if router_noise_std < 0:
-            raise ValueError(f"router_noise_std must not be negative: {router_noise_std}")
+        if not 0 <= router_noise_std < math.inf:
+            raise ValueError(f"router_noise_std must be 0 or more, not {router_noise_std}")
         self.num_tokens, self.token_dim, self.num_experts = num_tokens, token_dim, num_experts
         self.num_slots = slots_per_expert(num_tokens, num_experts, capacity_factor)
         self.router_noise_std = router_noise_std
@@ -291,7 +295,7 @@ class NoisyLinear(nn.Module):
     Means start at U(-1/sqrt(in), 1/sqrt(in)), sigmas at sigma_0/sqrt(in) (authors: sigma_0 = 0.1).
     """
 
-    def __init__(self, in_features: int, out_features: int, sigma_0: float = 0.1):
+    def __init__(self, in_features: int, out_features: int, sigma_0: float = SIGMA_0):
         super().__init__()
         check_positive(in_features=in_features, out_features=out_features)
         bound = in_features**-0.5
@@ -368,10 +372,11 @@ def routing_stats(output: MoEOutput) -> dict[str, Tensor]:
     tokens that expert i processes (Soft MoE: its share of the combine weights). `dropped_fraction`: share of the
     tokens that no expert took (always 0 in Soft MoE). `dormant_fraction`: see there; `dormant_fraction/i` per expert.
     """
-    routing, E = output.routing, output.hidden.shape[1]
-    probs = routing.router_probs / routing.router_probs.sum(dim=2, keepdim=True)  # (B, T, E)
+    E = output.hidden.shape[1]
+    probs = output.routing.router_probs.float()  # (B, T, E)
+    probs = probs / probs.sum(dim=2, keepdim=True)
     entropy = -torch.special.xlogy(probs, probs).sum(dim=2).mean() / math.log(max(E, 2))
-    taken = routing.combine_weights.sum(dim=3)  # (B, T, E)
+    taken = output.routing.combine_weights.float().sum(dim=3)  # (B, T, E)
     total = taken.sum(dim=2, keepdim=True)  # (B, T, 1): 0 where a token was dropped
     load = (taken / total.clamp_min(1e-12)).mean(dim=(0, 1))  # (E,)
     dormant = dormant_neurons(output.hidden, 0.0).float().mean(dim=1)  # (E,)

@@ -1,0 +1,88 @@
+"""How much of the training loop is learning: agent steps/s against the bare update of the same network.
+
+    python scripts/benchmark.py --layer dense --encoder nature
+
+Takes the flags of `dqn_softmoe.py`. One process measures, by turns, the bare update (forward, target, backward, Adam
+on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same settings, because
+timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one update in the time of
+the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
+"""
+
+import contextlib
+import csv
+import io
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dqn_softmoe import STACK_SIZE, Args, Batch, QNetwork, main, make_envs, td_loss
+
+TURNS, STEPS = 5, 2_000  # turns of each measurement; agent steps of the loop per turn
+
+
+def bare_update_seconds(args: Args, device: torch.device, repeats: int) -> float:
+    """Median seconds of forward, target, backward and Adam on a batch that stays where it is."""
+    envs = make_envs(args, 1)
+    shape, num_actions = (STACK_SIZE, *envs.frame_shape), envs.num_actions
+    envs.close()
+    q_network, target_network = (QNetwork(args, shape, num_actions).to(device) for _ in range(2))
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
+    optimizer = torch.optim.Adam(q_network.parameters(), **adam)
+    B = args.batch_size
+    frames = [torch.randint(0, 256, (B, *shape), dtype=torch.uint8, device=device) for _ in range(2)]
+    action = torch.randint(num_actions, (B,), device=device)
+    reward, discount = torch.rand(B, device=device), torch.full((B,), args.gamma, device=device)
+    batch = Batch(frames[0], action, reward, discount, frames[1], action)
+    seconds = []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        td_loss(q_network, target_network, batch, args)[0].backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[5:])
+
+
+def loop_steps_per_second(args: Args) -> float:
+    """Agent steps per second of the training loop, over the second half of 2 * STEPS steps of learning."""
+    with tempfile.TemporaryDirectory() as runs_dir:
+        short = {"total_timesteps": 1_000 + 2 * STEPS, "learning_starts": 1_000, "buffer_size": 50_000}
+        short |= {"iteration_steps": STEPS, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            main(replace(args, **short))
+        (metrics,) = Path(runs_dir).glob("*/metrics.csv")
+        with open(metrics, newline="") as file:
+            return float(list(csv.DictReader(file))[-1]["sps"])
+
+
+def run(args: Args) -> None:
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    ratios, rates, bares = [], [], []
+    for turn in range(TURNS):
+        before = bare_update_seconds(args, device, 30)
+        rate = loop_steps_per_second(args)
+        bare = (before + bare_update_seconds(args, device, 30)) / 2
+        ratio = rate * args.replay_ratio * bare
+        print(f"turn {turn + 1}: bare update {1e3 * bare:.1f} ms, loop {rate:.1f} agent steps/s, ratio {ratio:.3f}")
+        ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.env_id}, {args.layer}, {args.encoder}, {args.num_experts} experts, seed {args.seed}, on {where}")
+    print(
+        f"median of {TURNS}: bare update {1e3 * statistics.median(bares):.1f} ms, loop {statistics.median(rates):.1f} "
+        f"agent steps/s, ratio {statistics.median(ratios):.3f} (overhead {1 - statistics.median(ratios):.1%})"
+    )
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Args, description=__doc__.split("\n\n")[0]))

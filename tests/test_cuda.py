@@ -1,0 +1,116 @@
+"""What only a GPU can show: CUDA graphs compute what eager code computes, and nothing in them waits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run, quick
+
+from dqn_softmoe import Args, CudaGraph, QNetwork, ReplayBuffer, main, td_loss
+
+pytestmark = pytest.mark.cuda
+
+
+def filled_replay(n_step=1):
+    replay = ReplayBuffer(4000, 4, (84, 84), n_step=n_step, device="cuda")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        frame = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8)
+        flags = rng.random((2, 4)) < 0.02
+        replay.add(frame, rng.integers(0, 4, 4), rng.standard_normal(4), *flags)
+    return replay
+
+
+class Learner:
+    """The update of the script's main loop on a fixed replay."""
+
+    def __init__(self, layer, compiled):
+        torch.manual_seed(0)
+        self.args = Args(layer=layer, encoder="nature", num_experts=4, expert_hidden_dim=64)
+        self.q_network, self.target = (QNetwork(self.args, (4, 84, 84), 4).cuda() for _ in range(2))
+        self.target.load_state_dict(self.q_network.state_dict())
+        adam = {"lr": 1e-4, "eps": 1.5e-4, "fused": True, "capturable": True}
+        self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
+        self.replay, self.loss = filled_replay(), torch.compile(td_loss) if compiled else td_loss
+
+    def update(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = self.loss(self.q_network, self.target, self.replay.sample(32), self.args)
+        loss.backward()
+        self.optimizer.step()
+        return metrics
+
+
+@pytest.mark.parametrize("layer", ["softmoe", "top1moe", "dense"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graph_and_eager_agree_after_100_updates(layer, compiled):
+    eager, graphed = Learner(layer, False), Learner(layer, compiled)
+    update = CudaGraph(graphed.update, warmup=5)
+    torch.manual_seed(1)
+    for _ in range(100):
+        eager.update()
+    torch.manual_seed(1)
+    for _ in range(100):
+        metrics = update()
+    assert update.graph is not None and torch.isfinite(metrics["loss"])
+    for a, b in zip(eager.q_network.parameters(), graphed.q_network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
+
+
+def test_nothing_in_update_act_and_store_waits_for_the_device():
+    learner = Learner("softmoe", False)
+    frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
+    zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
+    learner.update()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            learner.update()
+            learner.replay.add(frame, zeros.long(), zeros, flags, flags, flags)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graphed_replay_is_the_host_s(tmp_path):
+    """Storing through a graph gives the same ring as storing on the host."""
+    host, device = (ReplayBuffer(400, 2, (6, 6), n_step=3, device=d) for d in ("cpu", "cuda"))
+    store, rng = CudaGraph(device.add, warmup=3), np.random.default_rng(0)
+    for _ in range(500):
+        frame = rng.integers(0, 256, (2, 6, 6), dtype=np.uint8)
+        flags = rng.random((3, 2)) < np.array([[0.1], [0.1], [0.9]])
+        row = (frame, rng.integers(0, 4, 2), rng.standard_normal(2), *flags)
+        host.add(*row)
+        store(*row)
+    queue = host.queue[:, :-1]  # the last column takes writes that are none
+    for name, value in device.state_dict().items():
+        value, expected = (value[:, :-1], queue) if name == "queue" else (value, host.state_dict()[name])
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("replay_device", ["auto", "cpu"])
+def test_every_combination_of_switches_trains_and_resumes(compile, cuda_graphs, replay_device, tmp_path):
+    switches = {"cuda": True, "compile": compile, "cuda_graphs": cuda_graphs, "replay_device": replay_device}
+    args = Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **switches))
+    main(args)
+    run_dir = only_run(tmp_path)
+    main(replace(args, resume=str(run_dir), total_timesteps=600))
+    main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # and on another device
+    assert (run_dir / "checkpoint-000000000700").is_dir()
+
+
+@pytest.mark.parametrize("layer", ["softmoe", "dense"])
+def test_learns_the_pixel_game_on_the_gpu(layer, tmp_path):
+    settings = {"total_timesteps": 10_000, "learning_starts": 500, "buffer_size": 10_000, "epsilon_decay_steps": 3_000}
+    settings |= {"target_network_frequency": 400, "learning_rate": 1e-3, "expert_hidden_dim": 64, "cuda": True}
+    main(Args(**quick(runs_dir=str(tmp_path), layer=layer, eval_episodes=20, **settings)))
+    assert mean_return(tmp_path) >= 0.8 * 4
+
+
+def mean_return(runs_dir):
+    import json
+
+    return json.loads((only_run(runs_dir) / "eval.json").read_text())["mean_return"]
