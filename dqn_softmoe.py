@@ -24,11 +24,12 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -158,58 +159,69 @@ class Args:
             self.num_experts = 1 if self.layer == "dense" else 8
 
 
-def fail(message: str) -> None:
+def fail(message: object) -> None:
     """Bad input: one line on stderr, exit code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_types(args: Args) -> Args:
+    """Raise ValueError for what a command line would not have let through: from a caller, or a damaged config.json."""
+    for name, hint in get_type_hints(Args).items():
+        value, choices = getattr(args, name), get_args(hint) if get_origin(hint) is Literal else ()
+        if not (value in choices if choices else isinstance(value, hint) or hint is float and type(value) is int):
+            raise ValueError(f"{flag(name)} {value!r} is not {' or '.join(choices) or hint}")
+    return args
+
+
 def check_args(args: Args) -> None:
     """Refuse arguments that cannot work or would silently do nothing."""
-    for name in [
-        "total_timesteps",
-        "iteration_steps",
-        "log_every",
-        "num_envs",
-        "num_experts",
-        "expert_hidden_dim",
-        "encoder_width",
-        "batch_size",
-        "buffer_size",
-        "n_step",
-        "target_network_frequency",
-    ]:
+    try:
+        check_types(args)
+    except ValueError as error:
+        fail(error)
+    positive = (
+        "total_timesteps iteration_steps log_every num_envs num_experts expert_hidden_dim encoder_width batch_size"
+    )
+    for name in f"{positive} buffer_size n_step target_network_frequency".split():
         if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ["seed", "checkpoint_every", "eval_episodes", "noop_max", "epsilon_decay_steps", "learning_starts"]:
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} must not be negative: {getattr(args, name)}")
-    for name in ["sticky_actions", "end_epsilon", "eval_epsilon", "gamma"]:
+            fail(f"{flag(name)} must be at least 1, not {getattr(args, name)}")
+    for name in "seed checkpoint_every eval_episodes noop_max epsilon_decay_steps learning_starts".split():
+        if not 0 <= getattr(args, name) < 2**63:
+            fail(f"{flag(name)} must be a number from 0 to 2^63 - 1, not {getattr(args, name)}")
+    for name in "sticky_actions end_epsilon eval_epsilon gamma".split():
         if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must lie in [0, 1]: {getattr(args, name)}")
-    for name in ["capacity_factor", "learning_rate", "adam_eps"]:
+            fail(f"{flag(name)} must lie in [0, 1], not {getattr(args, name)}")
+    for name in "capacity_factor learning_rate adam_eps importance_weight load_weight".split():
         if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be above 0: {getattr(args, name)}")
-    for name, layers in (
-        ("tokenization", ("softmoe", "top1moe")),
-        ("capacity_factor", ("softmoe", "top1moe")),
-        ("normalize_router", ("softmoe",)),
-        ("learned_phi", ("softmoe",)),
-        ("load_balancing", ("top1moe",)),
+            fail(f"{flag(name)} must be above 0, not {getattr(args, name)}")
+    balancing = args.load_balancing.split("+")
+    for name, works, needs in (
+        ("tokenization", args.layer != "dense", "--layer softmoe or top1moe"),
+        ("capacity_factor", args.layer != "dense", "--layer softmoe or top1moe"),
+        ("normalize_router", args.layer == "softmoe", "--layer softmoe"),
+        ("learned_phi", args.layer == "softmoe", "--layer softmoe"),
+        ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
+        ("importance_weight", "importance" in balancing, "--load-balancing importance"),
+        ("load_weight", "load" in balancing, "--load-balancing load"),
     ):
-        if args.layer not in layers and getattr(args, name) != getattr(Args, name):
-            fail(f"--{name.replace('_', '-')} has no effect with --layer {args.layer}: it needs {' or '.join(layers)}")
-    updates = args.replay_ratio * args.num_envs
-    if not (updates >= 1 and math.isclose(updates, round(updates))):
+        if not works and getattr(args, name) != getattr(Args, name):
+            fail(f"{flag(name)} has no effect with --layer {args.layer}: it needs {needs}")
+    N, updates = args.num_envs, args.replay_ratio * args.num_envs
+    if not (1 <= updates < math.inf and math.isclose(updates, round(updates))):
         fail(
-            f"--replay-ratio {args.replay_ratio} with --num-envs {args.num_envs} is {updates:g} updates per round of "
-            f"{args.num_envs} agent steps: it must be a whole number, 1 or more"
+            f"--replay-ratio {args.replay_ratio} with --num-envs {N} is {updates:g} updates per round of {N} agent "
+            "steps: it must be a whole number, 1 or more"
         )
-    need = max(args.batch_size, args.num_envs * (STACK_SIZE + args.n_step))
+    need = max(args.batch_size, N * (STACK_SIZE + args.n_step))
     if args.buffer_size < need:
         fail(f"--buffer-size {args.buffer_size} is too small for batch, stack and n-step: at least {need}")
-    if args.learning_starts < args.num_envs * (args.n_step + 2):
-        fail(f"--learning-starts must be at least {args.num_envs * (args.n_step + 2)} to fill one n-step window")
+    if args.learning_starts < N * (args.n_step + 2):
+        fail(f"--learning-starts must be at least {N * (args.n_step + 2)} to fill one n-step window")
 
 
 # --------------------------------------------------------------------------------------------------- environments
@@ -270,7 +282,7 @@ def make_envs(args: Args, num_envs: int) -> Environments:
         if module:
             importlib.import_module(module)
         spec = gym.spec(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # Gymnasium's, or whatever the module raises
         fail(f"--env-id {args.env_id}: {error}")
     if str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb":
         envs = AtariVectorEnv(
@@ -285,7 +297,8 @@ def make_envs(args: Args, num_envs: int) -> Environments:
             use_fire_reset=False,
             reward_clipping=False,
         )
-        description = f"ALE {spec.kwargs['game']}, sticky actions {args.sticky_actions:g}, up to {args.noop_max} no-ops"
+        description = f"ALE {spec.kwargs['game']}, sticky actions {args.sticky_actions:g}, frame skip 4"
+        description += f", up to {args.noop_max} no-ops" if args.noop_max else ""
         description += ", a lost life is terminal" if args.terminal_on_life_loss else ""
         return Environments(envs, description, args.terminal_on_life_loss)
     try:
@@ -617,7 +630,8 @@ class ReplayBuffer:
         targets |= {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
         for name, target in targets.items():
             if state[name].shape != target.shape or state[name].dtype != target.dtype:
-                raise ValueError(f"replay {name} is {tuple(state[name].shape)}, expected {tuple(target.shape)}")
+                found, expected = ((tuple(x.shape), x.dtype) for x in (state[name], target))
+                raise ValueError(f"replay {name} is {found}, expected {expected}")
         for name, target in targets.items():
             target.copy_(state[name])
 
@@ -799,7 +813,7 @@ class RunLog:
             self.iteration_returns = list(state["iteration_returns"])
             self.recent.extend(state["recent"])
             for name, size in state["sizes"].items():
-                self.files[name].truncate(size)
+                self.files[name].truncate(min(size, os.fstat(self.files[name].fileno()).st_size))
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1 if state else None)
         self.started, self.started_step = time.monotonic(), global_step
 
@@ -818,7 +832,8 @@ class RunLog:
         self.writers["metrics.csv"].writerow([number, global_step, len(returns), mean, f"{sps:.1f}"])
         if returns:
             self.tensorboard.add_scalar("charts/iteration_return", np.mean(returns), global_step)
-        self.flush()
+        for file in self.files.values():
+            file.flush()
 
     def training(self, bar: tqdm, metrics: dict[str, Tensor], epsilon: float, global_step: int) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -833,12 +848,11 @@ class RunLog:
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{prefix}/{name}", float(value), global_step)
 
-    def flush(self) -> None:
+    def state(self) -> dict:
+        """What a checkpoint must remember to go on with the same records."""
         for file in self.files.values():
             file.flush()
-
-    def state(self) -> dict:
-        self.flush()
+            os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
         return {"sizes": sizes, "iteration_returns": self.iteration_returns, "recent": list(self.recent)}
 
@@ -899,6 +913,8 @@ def load_checkpoint(run_dir: Path, parts: dict, replay: ReplayBuffer, device: to
     if path is None:
         fail(f"--resume {run_dir}: there is no checkpoint")
     try:
+        if not zipfile.is_zipfile(path / "state.pt"):  # torch.load would warn, then try older formats
+            raise ValueError("state.pt is no archive of PyTorch's")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         arrays = {name: np.load(path / f"replay_{name}.npy", mmap_mode="c") for name in replay.state_dict()}
         replay.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -920,7 +936,7 @@ def load_args(run_dir: str) -> Args:
         config = json.loads((Path(run_dir) / "config.json").read_text())
         if config["script"] != Path(__file__).name:
             fail(f"--resume {run_dir}: a run of {config['script']}, not of {Path(__file__).name}")
-        return Args(**config["args"] | {"resume": run_dir})
+        return check_types(Args(**config["args"] | {"resume": run_dir}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--resume {run_dir}: no run of {Path(__file__).name} is there ({type(error).__name__}: {error})")
 
@@ -929,7 +945,7 @@ def check_resume(args: Args, saved: Args) -> None:
     """Fail where arguments contradict the run that they resume; these may change:"""
     may_change = "resume total_timesteps checkpoint_every eval_episodes cuda compile cuda_graphs replay_device".split()
     contradictions = [
-        f"--{field.name.replace('_', '-')} {getattr(args, field.name)} (was {getattr(saved, field.name)})"
+        f"{flag(field.name)} {getattr(args, field.name)} (was {getattr(saved, field.name)})"
         for field in fields(Args)
         if field.name not in may_change and getattr(args, field.name) != getattr(saved, field.name)
     ]
@@ -1015,9 +1031,10 @@ class StopSignal:
             signal.signal(name, handler)
 
 
-def check_finite(metrics: dict[str, Tensor], global_step: int, run_dir: Path) -> None:
+def check_finite(metrics: dict[str, Tensor], global_step: int, run_dir: Path, bar: tqdm) -> None:
     """Stop the run where the loss is not finite; such a state never reaches a checkpoint."""
     if metrics and not math.isfinite(float(metrics["loss"])):
+        bar.close()
         good = last_checkpoint(run_dir)
         fail(f"the loss is {float(metrics['loss'])} at agent step {global_step}; the last good checkpoint is {good}")
 
@@ -1060,8 +1077,8 @@ def main(args: Args) -> None:
     try:
         sizes = (args, (STACK_SIZE, *envs.frame_shape), envs.num_actions)
         q_network, target_network = QNetwork(*sizes).to(device), QNetwork(*sizes).to(device)
-    except ValueError as error:
-        fail(f"the network does not fit frames of {envs.frame_shape}: {error}")
+    except (ValueError, RuntimeError) as error:  # sizes that do not fit, or do not fit into memory
+        fail(f"no such network for frames of {envs.frame_shape}: {str(error).splitlines()[0]}")
     target_network.load_state_dict(q_network.state_dict())
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": on_gpu}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
@@ -1101,15 +1118,15 @@ def main(args: Args) -> None:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
 
     def checkpoint() -> bool:
-        check_finite(metrics, global_step, run_dir)
+        check_finite(metrics, global_step, run_dir, bar)
         no = np.zeros(args.num_envs, dtype=bool)
         store(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
         state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
         return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
 
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **bar_style())
-    with StopSignal() as stop:
+    saved, style = True, {"unit": "step", "unit_scale": True} | bar_style()
+    with StopSignal() as stop, tqdm(total=args.total_timesteps, initial=global_step, **style) as bar:
         while global_step < args.total_timesteps and not stop.received:
             if global_step == saved_step:  # the seed follows from the step: a resumed run equals an unbroken one
                 frame = envs.reset(reset_seed(args.seed, global_step))
@@ -1138,16 +1155,16 @@ def main(args: Args) -> None:
             frame, start, valid = step.frame, ~valid | step.terminated, ~over  # after a game over: the reset step
 
             if due(args.log_every):
-                check_finite(metrics, global_step, run_dir)
+                check_finite(metrics, global_step, run_dir, bar)
                 log.training(bar, metrics, epsilon, global_step)
                 if args.layer != "dense" and metrics:
                     log.scalars("moe", measure_routing(q_network, replay, args, device), global_step)
             if due(args.iteration_steps):
                 log.iteration(global_step // args.iteration_steps - 1, global_step)
             if due(args.checkpoint_every):
-                checkpoint()
-                saved_step = global_step
-        saved = global_step == saved_step or checkpoint()
+                saved, saved_step = checkpoint(), global_step
+        if global_step > saved_step:
+            saved = checkpoint()
         bar.close()
         envs.close()
         if global_step >= args.total_timesteps and not stop.received:
