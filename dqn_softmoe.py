@@ -10,7 +10,8 @@ Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 - Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not
   see the newest four transitions. Every update still follows exactly four steps of one policy.
 - The step that resets an environment counts as an agent step (about one in 200 on Breakout, fewer elsewhere).
-- A checkpoint cuts the running episodes (as a truncation: their values bootstrap) because emulators cannot be saved.
+- A checkpoint cuts the running episodes because emulators cannot be saved: as a truncation (their values bootstrap),
+  and their returns are not counted.
 - An episode cut by the frame limit bootstraps from its last frame.
 """
 
@@ -24,10 +25,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -217,7 +219,7 @@ def check_args(args: Args) -> None:
             f"--replay-ratio {args.replay_ratio} with --num-envs {N} is {updates:g} updates per round of {N} agent "
             "steps: it must be a whole number, 1 or more"
         )
-    need = max(args.batch_size, N * (STACK_SIZE + args.n_step))
+    need = max(args.batch_size, N * (STACK_SIZE + args.n_step + 2))  # 2 reset rows: then something is left to draw
     if args.buffer_size < need:
         fail(f"--buffer-size {args.buffer_size} is too small for batch, stack and n-step: at least {need}")
     if args.learning_starts < N * (args.n_step + 2):
@@ -274,6 +276,11 @@ class Environments:
         self.envs.close()
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_envs(args: Args, num_envs: int) -> Environments:
     """The environments of a run: the paper's Atari protocol, or any Gymnasium id with single uint8 frames."""
     gym.register_envs(ale_py)
@@ -289,7 +296,7 @@ def make_envs(args: Args, num_envs: int) -> Environments:
             spec.kwargs["game"],
             num_envs,
             # Its threads compete with the learner: leave it one core.
-            num_threads=max(1, min(num_envs, (os.cpu_count() or 2) - 1)),
+            num_threads=max(1, min(num_envs, num_cores() - 1)),
             repeat_action_probability=args.sticky_actions,
             life_loss_info=args.terminal_on_life_loss,
             noop_max=args.noop_max,
@@ -446,7 +453,7 @@ class QNetwork(nn.Module):
 
     def features(self, obs: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
-        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last).div_(255)
+        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         x = self.encoder(x)  # (B, C, h, w)
         if self.layer == "dense":
             return self.moe(tokenize(x, "PerSamp")), None
@@ -517,7 +524,6 @@ class ReplayBuffer:
         self.queue = torch.zeros(num_envs, self.rows + 1, dtype=torch.int64, device=device)
         self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.tail = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self.lanes = torch.arange(num_envs, device=device)
         self.stack_offsets = torch.arange(stack_size, device=device)  # 0 .. stack-1
         self.steps = torch.arange(n_step, device=device)  # 0 .. n-1
         self.gammas = torch.tensor([gamma**k for k in range(n_step + 1)], device=device)  # (n+1,)
@@ -646,9 +652,12 @@ def available_memory(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            used = int((group / "memory.current").read_text())
+            usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cache = int(usage["active_file"]) + int(usage["inactive_file"])  # given back when it is needed
+            free = min(free, int(limit) - used + cache)
         return free
-    except (OSError, ValueError):  # not Linux: what is installed
+    except (OSError, ValueError, KeyError):  # not Linux: what is installed
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -658,7 +667,7 @@ def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device
     if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * available_memory(device):
         return device
     free = available_memory(torch.device("cpu"))
-    if need > free:
+    if need > 0.9 * free:  # the process itself needs some
         fail(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB of memory are free")
     return torch.device("cpu")
 
@@ -707,11 +716,11 @@ def linear_schedule(args: Args, global_step: int) -> float:
     return 1.0 + (args.end_epsilon - 1.0) * min(max(done, 0.0), 1.0)
 
 
-def select_actions(q_values: Tensor, epsilon: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
     """Epsilon-greedy actions (N,) from q_values (N, A)."""
     N, A = q_values.shape
-    random = torch.randint(A, (N,), device=q_values.device, generator=generator)
-    explore = torch.rand(N, device=q_values.device, generator=generator) < epsilon
+    random = torch.randint(A, (N,), device=q_values.device)
+    explore = torch.rand(N, device=q_values.device) < epsilon
     return torch.where(explore, random, q_values.argmax(dim=1))
 
 
@@ -725,25 +734,27 @@ def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stop
     device = next(q_network.parameters()).device
     envs = make_envs(args, min(num_episodes, 10))
     stack = FrameStack(envs.num_envs, envs.frame_shape, device)
-    generator = torch.Generator(device).manual_seed(seed)
     share = np.bincount(np.arange(num_episodes) % envs.num_envs)  # (N,)
     returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
     running = np.zeros(envs.num_envs)
     frame, start = envs.reset(seed), np.ones(envs.num_envs, dtype=bool)
-    resetting = np.zeros(envs.num_envs, dtype=bool)
+    valid = np.ones(envs.num_envs, dtype=bool)
     q_network.eval()
-    with tqdm(total=num_episodes, desc="evaluating", unit="episode", **bar_style()) as bar:
+    bar = tqdm(total=num_episodes, desc="evaluating", unit="episode", **bar_style())
+    with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         while bar.n < num_episodes and not stop.received:
-            obs = stack.push(frame, start)
-            envs.send(select_actions(q_network.q_values(obs), args.eval_epsilon, generator).cpu().numpy())
+            q_values = q_network.q_values(stack.push(frame, start))
+            envs.send(select_actions(q_values, args.eval_epsilon).cpu().numpy())
             step = envs.recv()
-            running += step.reward * ~resetting
-            for i in np.flatnonzero(step.game_over & ~resetting):
+            running += step.reward * valid
+            over = step.game_over & valid
+            for i in np.flatnonzero(over):
                 if len(returns[i]) < share[i]:
                     returns[i].append(float(running[i]))
                     bar.update()
-                running[i] = 0.0
-            frame, start, resetting = step.frame, resetting | step.terminated, step.game_over & ~resetting
+            running[over] = 0.0
+            frame, start, valid = step.frame, ~valid | step.terminated, ~over
     q_network.train()
     envs.close()
     return [value for lane in returns for value in lane]
@@ -769,7 +780,8 @@ class CudaGraph:
         if self.inputs is None:
             self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
-        self.copied.synchronize()  # the last call's copies still read the pinned buffers
+        if tensors:
+            self.copied.synchronize()  # the last call's copies still read the pinned buffers
         for staged, static, x in zip(self.pinned, self.inputs, tensors, strict=True):
             static.copy_(x if x.is_cuda else staged.copy_(x), non_blocking=True)
         self.copied.record()
@@ -783,7 +795,7 @@ class CudaGraph:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # Other threads (TensorBoard, pinning) may call CUDA while this one captures.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
@@ -801,7 +813,7 @@ class RunLog:
     training episodes that ended in it (the paper's score; empty if none did), and agent steps per second.
     """
 
-    def __init__(self, run_dir: Path, global_step: int, state: dict | None):
+    def __init__(self, run_dir: Path, total_timesteps: int, global_step: int, state: dict | None):
         self.files = {name: open(run_dir / name, "a+", newline="") for name in ("episodes.csv", "metrics.csv")}  # noqa: SIM115
         self.writers = {name: csv.writer(file) for name, file in self.files.items()}
         self.recent: deque[float] = deque(maxlen=100)
@@ -816,11 +828,13 @@ class RunLog:
                 self.files[name].truncate(min(size, os.fstat(self.files[name].fileno()).st_size))
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1 if state else None)
         self.started, self.started_step = time.monotonic(), global_step
+        units = {"unit": "step", "unit_scale": True}
+        self.bar = tqdm(total=total_timesteps, initial=global_step, **units, **bar_style())
 
     def episode(self, global_step: int, episode_return: float, length: int) -> None:
         self.iteration_returns.append(episode_return)
         self.recent.append(episode_return)
-        self.writers["episodes.csv"].writerow([global_step, f"{episode_return:g}", length])
+        self.writers["episodes.csv"].writerow([global_step, f"{episode_return:.10g}", length])
         self.tensorboard.add_scalar("charts/episodic_return", episode_return, global_step)
         self.tensorboard.add_scalar("charts/episodic_length", length, global_step)
 
@@ -835,21 +849,21 @@ class RunLog:
         for file in self.files.values():
             file.flush()
 
-    def training(self, bar: tqdm, metrics: dict[str, Tensor], epsilon: float, global_step: int) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
+    def training(self, values: dict[str, float], epsilon: float, global_step: int) -> None:
         sps = (global_step - self.started_step) / (time.monotonic() - self.started)
         self.scalars("losses", values, global_step)
         self.scalars("charts", {"epsilon": epsilon, "sps": sps}, global_step)
         recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
         loss = f"{values['loss']:.4f}" if values else "-"
-        bar.set_postfix_str(f"return {recent}, loss {loss}", refresh=False)
+        self.bar.set_postfix_str(f"return {recent}, loss {loss}", refresh=False)
 
-    def scalars(self, prefix: str, values: dict[str, Tensor | float], global_step: int) -> None:
+    def scalars(self, prefix: str, values: dict[str, float], global_step: int) -> None:
         for name, value in values.items():
-            self.tensorboard.add_scalar(f"{prefix}/{name}", float(value), global_step)
+            self.tensorboard.add_scalar(f"{prefix}/{name}", value, global_step)
 
     def state(self) -> dict:
         """What a checkpoint must remember to go on with the same records."""
+        self.tensorboard.flush()
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -857,9 +871,15 @@ class RunLog:
         return {"sizes": sizes, "iteration_returns": self.iteration_returns, "recent": list(self.recent)}
 
     def close(self) -> None:
+        self.bar.close()
         self.tensorboard.close()
         for file in self.files.values():
             file.close()
+
+
+def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """0-D tensors to numbers, waiting for the device once."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -912,6 +932,7 @@ def load_checkpoint(run_dir: Path, parts: dict, replay: ReplayBuffer, device: to
     path = last_checkpoint(run_dir)
     if path is None:
         fail(f"--resume {run_dir}: there is no checkpoint")
+    capturable = parts["optimizer"].param_groups[0]["capturable"]
     try:
         if not zipfile.is_zipfile(path / "state.pt"):  # torch.load would warn, then try older formats
             raise ValueError("state.pt is no archive of PyTorch's")
@@ -921,7 +942,7 @@ def load_checkpoint(run_dir: Path, parts: dict, replay: ReplayBuffer, device: to
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for group in parts["optimizer"].param_groups:
-            group["capturable"] = device.type == "cuda"  # the run may have moved to another device
+            group["capturable"] = capturable  # the run may have moved to another device
         torch.set_rng_state(state["random"]["cpu"])
         if device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -961,6 +982,13 @@ def parse_args() -> Args:
     return args
 
 
+def save_args(run_dir: Path, args: Args) -> None:
+    """Write config.json, what `load_args` reads."""
+    versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
+    config = {"script": Path(__file__).name, "args": asdict(replace(args, resume=None)), "versions": versions}
+    write_json(run_dir / "config.json", config)
+
+
 def open_run_dir(args: Args) -> Path:
     """Make a directory that names environment, agent, layer, experts and seed; never one that exists."""
     agent = Path(__file__).stem.removesuffix("_softmoe")
@@ -974,8 +1002,6 @@ def open_run_dir(args: Args) -> Path:
             continue
         except OSError as error:
             fail(f"cannot write the run directory {run_dir}: {error.strerror}")
-        versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
-        write_json(run_dir / "config.json", {"script": Path(__file__).name, "args": asdict(args), "versions": versions})
         return run_dir
     fail(f"too many runs named {name} in {args.runs_dir}")
 
@@ -1013,7 +1039,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
 
 
 class StopSignal:
-    """`with StopSignal() as stop`: SIGTERM, SIGINT or SIGUSR1 sets `stop.received`; a second one acts as usual."""
+    """`with StopSignal() as stop`: SIGTERM, SIGINT or SIGUSR1 sets `stop.received`; the same again acts as usual."""
 
     def __enter__(self) -> "StopSignal":
         self.received, self.old = False, {}
@@ -1022,28 +1048,29 @@ class StopSignal:
                 self.old[name] = signal.signal(name, self.receive)
         return self
 
-    def receive(self, *_) -> None:
+    def receive(self, number: int, _) -> None:
         self.received = True
-        self.__exit__()
+        signal.signal(number, self.old.pop(number))
 
     def __exit__(self, *_) -> None:
         for name, handler in self.old.items():
             signal.signal(name, handler)
 
 
-def check_finite(metrics: dict[str, Tensor], global_step: int, run_dir: Path, bar: tqdm) -> None:
-    """Stop the run where the loss is not finite; such a state never reaches a checkpoint."""
-    if metrics and not math.isfinite(float(metrics["loss"])):
-        bar.close()
+def check_finite(values: dict[str, float], q_network: QNetwork, global_step: int, run_dir: Path, log: RunLog) -> None:
+    """Stop the run where the loss or a weight is not finite: such a state never reaches a checkpoint."""
+    finite = torch.stack([weight.isfinite().all() for weight in q_network.parameters()]).all()
+    if not (finite and math.isfinite(values.get("loss", 0.0))):
+        log.close()
         good = last_checkpoint(run_dir)
-        fail(f"the loss is {float(metrics['loss'])} at agent step {global_step}; the last good checkpoint is {good}")
+        fail(f"the loss is {values.get('loss')} at agent step {global_step}; the last good checkpoint is {good}")
 
 
-def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, device: torch.device) -> dict[str, Tensor]:
+def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, device: torch.device) -> dict[str, float]:
     """Routing statistics on a batch from replay; training's random state stays as it is."""
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _, output = q_network(replay.sample(args.batch_size).obs.to(device))
-    return routing_stats(output)
+    return to_floats(routing_stats(output))
 
 
 def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stop: StopSignal) -> None:
@@ -1076,11 +1103,12 @@ def main(args: Args) -> None:
     envs = make_envs(args, args.num_envs)
     try:
         sizes = (args, (STACK_SIZE, *envs.frame_shape), envs.num_actions)
-        q_network, target_network = QNetwork(*sizes).to(device), QNetwork(*sizes).to(device)
+        q_network, target_network = QNetwork(*sizes), QNetwork(*sizes)
     except (ValueError, RuntimeError) as error:  # sizes that do not fit, or do not fit into memory
-        fail(f"no such network for frames of {envs.frame_shape}: {str(error).splitlines()[0]}")
-    target_network.load_state_dict(q_network.state_dict())
-    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": on_gpu}
+        fail(f"no such network for frames of {envs.frame_shape}: {error}")
+    q_network.to(device), target_network.to(device).load_state_dict(q_network.state_dict())
+    graphs = on_gpu and args.cuda_graphs
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     window = {"stack_size": STACK_SIZE, "n_step": args.n_step, "gamma": args.gamma}
     memory = replay_device(args, envs.frame_shape, device)
@@ -1091,8 +1119,9 @@ def main(args: Args) -> None:
         state = load_checkpoint(Path(args.resume), parts, replay, device)
     run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
     global_step = saved_step = state["global_step"]
-    log = RunLog(run_dir, global_step, state["log"])
+    save_args(run_dir, args)
     print(describe(args, run_dir, envs, q_network, replay), flush=True)
+    log = RunLog(run_dir, args.total_timesteps, global_step, state["log"])
 
     stack = FrameStack(args.num_envs, envs.frame_shape, device)
     loss_function = torch.compile(td_loss) if on_gpu and args.compile else td_loss
@@ -1111,22 +1140,23 @@ def main(args: Args) -> None:
         return metrics
 
     store, learn_from_host = replay.add, memory != device
-    if on_gpu and args.cuda_graphs:
+    if graphs:
+        warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
         act, update, store = CudaGraph(act), CudaGraph(update), store if learn_from_host else CudaGraph(store)
 
     def due(every: int) -> bool:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
 
     def checkpoint() -> bool:
-        check_finite(metrics, global_step, run_dir, bar)
+        check_finite(to_floats(metrics), q_network, global_step, run_dir, log)
         no = np.zeros(args.num_envs, dtype=bool)
         store(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
         state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
         return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
 
-    saved, style = True, {"unit": "step", "unit_scale": True} | bar_style()
-    with StopSignal() as stop, tqdm(total=args.total_timesteps, initial=global_step, **style) as bar:
+    saved = True
+    with StopSignal() as stop:
         while global_step < args.total_timesteps and not stop.received:
             if global_step == saved_step:  # the seed follows from the step: a resumed run equals an unbroken one
                 frame = envs.reset(reset_seed(args.seed, global_step))
@@ -1142,7 +1172,7 @@ def main(args: Args) -> None:
             step = envs.recv()
             store(frame, action, np.clip(step.reward, -1, 1), step.terminated, step.truncated, valid)
             global_step += args.num_envs
-            bar.update(args.num_envs)
+            log.bar.update(args.num_envs)
             if due(args.target_network_frequency):
                 target_network.load_state_dict(q_network.state_dict())
 
@@ -1155,8 +1185,9 @@ def main(args: Args) -> None:
             frame, start, valid = step.frame, ~valid | step.terminated, ~over  # after a game over: the reset step
 
             if due(args.log_every):
-                check_finite(metrics, global_step, run_dir, bar)
-                log.training(bar, metrics, epsilon, global_step)
+                values = to_floats(metrics)
+                check_finite(values, q_network, global_step, run_dir, log)
+                log.training(values, epsilon, global_step)
                 if args.layer != "dense" and metrics:
                     log.scalars("moe", measure_routing(q_network, replay, args, device), global_step)
             if due(args.iteration_steps):
@@ -1165,13 +1196,13 @@ def main(args: Args) -> None:
                 saved, saved_step = checkpoint(), global_step
         if global_step > saved_step:
             saved = checkpoint()
-        bar.close()
+        log.bar.close()
         envs.close()
         if global_step >= args.total_timesteps and not stop.received:
             finish(args, q_network, log, run_dir, global_step, stop)
     log.close()
     print(f"{global_step:,} agent steps done, in {run_dir}")
-    if stop.received and saved:
+    if stop.received and last_checkpoint(run_dir):
         print(f"stopped by a signal; continue with: python {Path(__file__).name} --resume {run_dir}")
     if not saved:
         raise SystemExit(1)

@@ -37,6 +37,7 @@ from dqn_softmoe import (
     ReplayBuffer,
     RunLog,
     check_resume,
+    evaluate,
     last_checkpoint,
     load_args,
     main,
@@ -186,9 +187,9 @@ def test_replay_ratio_that_is_no_whole_number_of_updates_per_round(refused_run, 
     refused_run(words, replay_ratio=ratio, num_envs=num_envs)
 
 
-SMALLEST_BUFFERS = [  # a lane holds a stack of 4 and n steps
-    ({"num_envs": 4, "n_step": 1, "batch_size": 8}, 4 * 5),
-    ({"num_envs": 4, "n_step": 10, "batch_size": 8, "learning_starts": 48}, 4 * 14),
+SMALLEST_BUFFERS = [  # a lane holds a stack of 4, n steps and two reset rows
+    ({"num_envs": 4, "n_step": 1, "batch_size": 8}, 4 * 7),
+    ({"num_envs": 4, "n_step": 10, "batch_size": 8, "learning_starts": 48}, 4 * 16),
     ({"num_envs": 4, "n_step": 1, "batch_size": 40}, 40),
 ]
 
@@ -211,7 +212,7 @@ def test_tokenization_that_does_not_fit(refused_run, tokenization):
 
 
 def test_buffer_larger_than_memory(refused_run, monkeypatch):
-    """One of 12x12 takes 144 bytes, and 31 for action, reward, flags, depth and queue."""
+    """One of 12x12 takes 144 bytes, and 24 for action, reward, flags, depth and queue."""
     monkeypatch.setattr(dqn_softmoe, "available_memory", lambda device: 500_000_000)
     allocated = spy(monkeypatch, ReplayBuffer, "__init__")
     refused_run(["--buffer-size", "1.68 GB", "0.50 GB"], buffer_size=10_000_000)
@@ -619,8 +620,7 @@ def record(args: Args) -> SimpleNamespace:
         adam=steps[0][0].param_groups[0],
         updates=len(steps),
         copies=len(copies),
-        epsilons=[call[1] for call in actions if len(call) == 2],
-        eval_epsilons={call[1] for call in actions if len(call) == 3},
+        epsilons=[epsilon for _, epsilon in actions],
         seeds=(torch.initial_seed(), resets[0][1]),
         saves=[call[1] for call in saves],
         points=[call[-1] for call in points],
@@ -733,6 +733,13 @@ def evaluated_episodes(args: Args) -> int:
     return json.loads(result.read_text())["episodes"] if result.exists() else 0
 
 
+def epsilons_in_evaluation(args: Args) -> set[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        actions = spy(patch, dqn_softmoe, "select_actions")
+        evaluate(network(args), args, 1, seed=0, stop=SimpleNamespace(received=False))
+    return {epsilon for _, epsilon in actions}
+
+
 NAME = "pixel_game-PixelCatch-v0__dqn_softmoe2__seed1"
 BALANCED = {"layer": "top1moe", "load_balancing": "importance+load"}
 CHANGES = {
@@ -788,7 +795,7 @@ CHANGES = {
     "epsilon_decay_steps": Change(
         72, lambda args: record(args).epsilons[-1], pytest.approx(0.01), pytest.approx(1 - 0.99 / 2)
     ),
-    "eval_epsilon": Change(0.5, lambda args: record(args).eval_epsilons, {0.001}, {0.5}, {"eval_episodes": 1}),
+    "eval_epsilon": Change(0.5, epsilons_in_evaluation, {0.001}, {0.5}),
 }
 GPU_ONLY = {"compile", "cuda_graphs"}  # how the same update is launched; a CPU runs it as it is
 
