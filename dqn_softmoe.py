@@ -743,7 +743,7 @@ def evaluate(q_network: QNetwork, args: Args, num_episodes: int, seed: int, stop
     bar = tqdm(total=num_episodes, desc="evaluating", unit="episode", **bar_style())
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        while bar.n < num_episodes and not stop.received:
+        while sum(map(len, returns)) < num_episodes and not stop.received:
             q_values = q_network.q_values(stack.push(frame, start))
             envs.send(select_actions(q_values, args.eval_epsilon).cpu().numpy())
             step = envs.recv()

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,14 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dqn_softmoe import STACK_SIZE, Args, Batch, QNetwork, main, make_envs, td_loss
 
-TURNS, STEPS = 5, 2_000  # turns of each measurement; agent steps of the loop per turn
+
+@dataclass
+class BenchmarkArgs(Args):
+    # Benchmark
+    turns: int = 5
+    """times that each measurement is taken"""
+    steps: int = 1_000
+    """agent steps of learning that are timed in each turn, after as many without learning and as many to warm up"""
 
 
 def bare_update_seconds(args: Args, device: torch.device, repeats: int) -> float:
@@ -53,11 +60,11 @@ def bare_update_seconds(args: Args, device: torch.device, repeats: int) -> float
     return statistics.median(seconds[5:])
 
 
-def loop_steps_per_second(args: Args) -> float:
-    """Agent steps per second of the training loop, over the second half of 2 * STEPS steps of learning."""
+def loop_steps_per_second(args: BenchmarkArgs) -> float:
+    """Agent steps per second of the training loop, over the last `args.steps` steps."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        short = {"total_timesteps": 1_000 + 2 * STEPS, "learning_starts": 1_000, "buffer_size": 50_000}
-        short |= {"iteration_steps": STEPS, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
+        short = {"total_timesteps": 3 * args.steps, "learning_starts": args.steps, "buffer_size": 50_000}
+        short |= {"iteration_steps": args.steps, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             main(replace(args, **short))
         (metrics,) = Path(runs_dir).glob("*/metrics.csv")
@@ -65,10 +72,10 @@ def loop_steps_per_second(args: Args) -> float:
             return float(list(csv.DictReader(file))[-1]["sps"])
 
 
-def run(args: Args) -> None:
+def run(args: BenchmarkArgs) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     ratios, rates, bares = [], [], []
-    for turn in range(TURNS):
+    for turn in range(args.turns):
         before = bare_update_seconds(args, device, 30)
         rate = loop_steps_per_second(args)
         bare = (before + bare_update_seconds(args, device, 30)) / 2
@@ -77,12 +84,13 @@ def run(args: Args) -> None:
         ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.env_id}, {args.layer}, {args.encoder}, {args.num_experts} experts, seed {args.seed}, on {where}")
+    ratio = statistics.median(ratios)
     print(
-        f"median of {TURNS}: bare update {1e3 * statistics.median(bares):.1f} ms, loop {statistics.median(rates):.1f} "
-        f"agent steps/s, ratio {statistics.median(ratios):.3f} (overhead {1 - statistics.median(ratios):.1%})"
+        f"median of {args.turns}: bare update {1e3 * statistics.median(bares):.1f} ms, "
+        f"loop {statistics.median(rates):.1f} agent steps/s, ratio {ratio:.3f} (overhead {1 - ratio:.1%})"
     )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Args, description=__doc__.split("\n\n")[0]))
+    run(tyro.cli(BenchmarkArgs, description=__doc__.split("\n\n")[0]))
