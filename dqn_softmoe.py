@@ -469,6 +469,17 @@ class QNetwork(nn.Module):
         return self(obs)[0]
 
 
+def make_networks(args: Args, envs: Environments, device: torch.device) -> tuple[QNetwork, QNetwork]:
+    """The Q-network and its target, equal, on the device; fails where the sizes do not fit."""
+    obs_shape = (STACK_SIZE, *envs.frame_shape)
+    try:
+        q_network, target_network = (QNetwork(args, obs_shape, envs.num_actions) for _ in range(2))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
+        fail(f"no such network for frames of {envs.frame_shape}: {error}")
+    target_network.load_state_dict(q_network.state_dict())
+    return q_network.to(device), target_network.to(device)
+
+
 # --------------------------------------------------------------------------------------------------------- replay
 
 
@@ -846,8 +857,6 @@ class RunLog:
         self.writers["metrics.csv"].writerow([number, global_step, len(returns), mean, f"{sps:.1f}"])
         if returns:
             self.tensorboard.add_scalar("charts/iteration_return", np.mean(returns), global_step)
-        for file in self.files.values():
-            file.flush()
 
     def training(self, values: dict[str, float], epsilon: float, global_step: int) -> None:
         sps = (global_step - self.started_step) / (time.monotonic() - self.started)
@@ -856,6 +865,8 @@ class RunLog:
         recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
         loss = f"{values['loss']:.4f}" if values else "-"
         self.bar.set_postfix_str(f"return {recent}, loss {loss}", refresh=False)
+        for file in self.files.values():
+            file.flush()
 
     def scalars(self, prefix: str, values: dict[str, float], global_step: int) -> None:
         for name, value in values.items():
@@ -1101,12 +1112,7 @@ def main(args: Args) -> None:
     torch.backends.cudnn.benchmark = on_gpu
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
-    try:
-        sizes = (args, (STACK_SIZE, *envs.frame_shape), envs.num_actions)
-        q_network, target_network = QNetwork(*sizes), QNetwork(*sizes)
-    except (ValueError, RuntimeError) as error:  # sizes that do not fit, or do not fit into memory
-        fail(f"no such network for frames of {envs.frame_shape}: {error}")
-    q_network.to(device), target_network.to(device).load_state_dict(q_network.state_dict())
+    q_network, target_network = make_networks(args, envs, device)
     graphs = on_gpu and args.cuda_graphs
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
