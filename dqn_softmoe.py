@@ -66,7 +66,7 @@ class Args:
     seed: int = 1
     """seed of networks, exploration, replay draws and environments"""
     total_timesteps: int = 50_000_000
-    """agent steps; one is 4 frames (paper: 200M frames)"""
+    """agent steps; one is 4 frames (paper: 50M, which is 200M frames; DER: 100,000)"""
     runs_dir: str = "runs"
     """folder of run directories"""
     run_name: str | None = None
@@ -76,11 +76,11 @@ class Args:
     checkpoint_every: int = 2_500_000
     """agent steps between checkpoints, each as large as the replay (0: only at the end and on a signal)"""
     iteration_steps: int = 250_000
-    """agent steps per row of metrics.csv (paper: 250,000)"""
+    """agent steps per row of metrics.csv (paper: 250,000; DER: 10,000)"""
     log_every: int = 1_000
     """agent steps between TensorBoard points"""
     eval_episodes: int = 10
-    """evaluation episodes at the end of training"""
+    """evaluation episodes at the end of training (DER: 100)"""
     cuda: bool = True
     """run on the GPU where there is one"""
     compile: bool = True
@@ -92,17 +92,17 @@ class Args:
     num_envs: int = 4
     """environments stepped in parallel; one round is `num_envs` agent steps"""
     sticky_actions: float = 0.25
-    """probability that the emulator repeats the previous action (Machado et al., 2018; Atari only)"""
+    """probability that the emulator repeats the previous action (Machado et al., 2018; DER: 0; Atari only)"""
     noop_max: int = 0
-    """random no-ops at an episode's start, at most (paper: 0; Atari only)"""
+    """random no-ops at an episode's start, at most (paper: 0; DER: 30; Atari only)"""
     terminal_on_life_loss: bool = False
-    """a lost life ends the learner's episode while the game goes on (paper: no; Atari only)"""
+    """a lost life ends the learner's episode while the game goes on (paper: no; DER: yes; Atari only)"""
 
     # Network
     layer: Literal["softmoe", "top1moe", "dense"] = "softmoe"
     """penultimate layer"""
     num_experts: int | None = None
-    """experts (default 8); for `dense`, the paper's scaled baseline: hidden width times this (default 1)"""
+    """experts (default: DQN 8, Rainbow and DER 4); `dense`: the scaled baseline's factor of width (default: 1)"""
     expert_hidden_dim: int = 512
     """hidden width of an expert, or of the dense layer"""
     tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg"] = "PerConv"
@@ -120,7 +120,7 @@ class Args:
     load_weight: float = 1.0
     """weight of the load loss (authors' code: 1)"""
     encoder: Literal["impala", "nature"] = "impala"
-    """convolutional encoder (paper: Impala; figure 7: Nature CNN)"""
+    """convolutional encoder (paper: Impala; DER and figure 7: Nature CNN)"""
     encoder_width: int = 1
     """multiplies the encoder's channels"""
 
@@ -130,23 +130,23 @@ class Args:
     batch_size: int = 32
     """transitions per update (paper: 32)"""
     n_step: int = 1
-    """steps of the return before bootstrapping (paper: 1)"""
+    """steps of the return before bootstrapping (paper: DQN 1, Rainbow 3, DER 10)"""
     replay_ratio: float = 0.25
-    """updates per agent step (paper: 0.25; figure 4: 0.5, 1, 2)"""
+    """updates per agent step (paper: 0.25; figure 4: 0.5, 1, 2; DER: 1)"""
     replay_device: Literal["auto", "cpu"] = "auto"
     """auto: GPU memory when the replay fits there, else host memory"""
 
     # Optimisation
     learning_rate: float = 6.25e-5
-    """Adam's learning rate (paper: 6.25e-5)"""
+    """Adam's learning rate (paper: 6.25e-5; DER: 1e-4)"""
     adam_eps: float = 1.5e-4
     """Adam's epsilon (paper: 1.5e-4)"""
     gamma: float = 0.99
     """discount (paper: 0.99)"""
     learning_starts: int = 20_000
-    """agent steps before the first update (paper: 20,000)"""
+    """agent steps before the first update (paper: 20,000; DER: 1,600)"""
     target_network_frequency: int = 8_000
-    """agent steps between copies to the target network (paper: 8,000)"""
+    """agent steps between copies to the target network (paper: 8,000; DER: 2,000)"""
 
     # DQN
     end_epsilon: float = 0.01
@@ -212,7 +212,7 @@ def check_args(args: Args) -> None:
         ("load_weight", "load" in balancing, "--load-balancing load"),
     ):
         if not works and getattr(args, name) != getattr(Args, name):
-            fail(f"{flag(name)} has no effect with --layer {args.layer}: it needs {needs}")
+            fail(f"{flag(name)} has no effect with these arguments: it needs {needs}")
     N, updates = args.num_envs, args.replay_ratio * args.num_envs
     if not (1 <= updates < math.inf and math.isclose(updates, round(updates))):
         fail(
@@ -563,7 +563,7 @@ class ReplayBuffer:
         previous = (row - 1) % self.rows
         start = ~self.valid[previous] | self.terminated[previous]  # (1, N)
         depth = torch.where(start, 0, (self.depth[previous] + 1).clamp_max(self.stack_size - 1))
-        self._retire(row)
+        self._retire(*self._expiring(row))
         self.frames[:-1].view(self.rows, self.num_envs, -1).index_copy_(0, row, frame)
         self.action.index_copy_(0, row, self._row(action, torch.int64))
         self.reward.index_copy_(0, row, self._row(reward, torch.float32))
@@ -572,29 +572,35 @@ class ReplayBuffer:
         self.ended.index_copy_(0, previous, self.ended[previous] | ~valid & self.valid[previous])
         self.valid.index_copy_(0, row, valid)
         self.depth.index_copy_(0, row, depth)
-        self._release(row)
+        self._release(*self._completed(row))
         self.cursor.add_(1)
 
     def _row(self, values, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, device=self.device).to(dtype).reshape(1, self.num_envs)
 
-    def _retire(self, row: Tensor) -> None:
-        """Take the rows from the queue whose stack reaches back to `row` (1,), which is about to be overwritten."""
+    def _expiring(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (stack,) and which of them (stack, N) have a stack that reaches back to `row` (1,), soon overwritten."""
         rows = (row + self.stack_offsets) % self.rows  # (stack,)
-        gone = self.valid[rows] & (self.depth[rows] == self.stack_offsets[:, None])  # (stack, N)
-        self.head.add_(gone.sum(dim=0))
+        return rows, self.valid[rows] & (self.depth[rows] == self.stack_offsets[:, None])
 
-    def _release(self, row: Tensor) -> None:
-        """Put the rows into the queue whose window is complete now that `row` (1,) is written, oldest first."""
-        rows = (row - 1 - self.steps) % self.rows  # (n,): newest first
+    def _completed(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (n,), newest first, and which of them (n, N) have a whole window now that `row` (1,) is written."""
+        rows = (row - 1 - self.steps) % self.rows  # (n,)
         ended = self.ended[rows]  # (n, N)
         # Windows that met an earlier end were complete before; of the others, all if row - 1 ended, else the longest.
         open_until_now = ended.cumsum(dim=0) == ended[:1]
         longest = self.steps[:, None] == self.n_step - 1
-        complete = self.valid[rows] & open_until_now & (ended[:1] | longest)  # (n, N)
-        count = complete.cumsum(dim=0)
+        return rows, self.valid[rows] & open_until_now & (ended[:1] | longest)
+
+    def _retire(self, rows: Tensor, expiring: Tensor) -> None:
+        """Take rows (k,) of the lanes where `expiring` (k, N) from the queue: they are its oldest."""
+        self.head.add_(expiring.sum(dim=0))
+
+    def _release(self, rows: Tensor, completed: Tensor) -> None:
+        """Put rows (k,), newest first, of the lanes where `completed` (k, N) at the end of the queue."""
+        count = completed.cumsum(dim=0)
         place = (self.tail + count[-1] - count) % self.rows
-        place = torch.where(complete, place, self.rows)
+        place = torch.where(completed, place, self.rows)
         self.queue.scatter_(1, place.T, rows.expand(self.num_envs, -1))
         self.tail.add_(count[-1])
 
@@ -629,22 +635,21 @@ class ReplayBuffer:
         index = torch.where(inside, index, self.rows * self.num_envs)  # the black frame
         return self.frames.index_select(0, index.view(-1)).view(*index.shape, *self.frame_shape)
 
+    def _parts(self, cursor: int) -> dict[str, Tensor]:
+        """All that has been written once `cursor` rows were added, as views."""
+        rows = min(cursor, self.rows)
+        parts = {"frames": self.frames[: rows * self.num_envs].view(rows, self.num_envs, *self.frame_shape)}
+        for name in ("action", "reward", "terminated", "ended", "valid", "depth"):
+            parts[name] = getattr(self, name)[:rows]
+        return parts | {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that was written, as host tensors."""
-        rows = min(int(self.cursor), self.rows)
-        state = {"frames": self.frames[: rows * self.num_envs].view(rows, self.num_envs, *self.frame_shape)}
-        for name in ("action", "reward", "terminated", "ended", "valid", "depth"):
-            state[name] = getattr(self, name)[:rows]
-        state |= {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
-        return {name: value.cpu() for name, value in state.items()}
+        return {name: part.cpu() for name, part in self._parts(int(self.cursor)).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave. Raises ValueError for other sizes, KeyError if a part is missing."""
-        rows = min(int(state["cursor"]), self.rows)
-        targets = {"frames": self.frames[: rows * self.num_envs].view(rows, self.num_envs, *self.frame_shape)}
-        for name in ("action", "reward", "terminated", "ended", "valid", "depth"):
-            targets[name] = getattr(self, name)[:rows]
-        targets |= {name: getattr(self, name) for name in ("cursor", "queue", "head", "tail")}
+        targets = self._parts(int(state["cursor"]))
         for name, target in targets.items():
             if state[name].shape != target.shape or state[name].dtype != target.dtype:
                 found, expected = ((tuple(x.shape), x.dtype) for x in (state[name], target))
