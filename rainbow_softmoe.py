@@ -695,9 +695,12 @@ class ReplayBuffer:
             target.copy_(state[name])
 
 
+BLOCK_SIZE = 512  # priorities that are summed together: about the square root of 1M is fastest
+
+
 def first_above(ends: Tensor, mass: Tensor) -> Tensor:
     """Index of the first of the rising `ends` (..., n) above `mass` (..., k): never one that adds nothing."""
-    below = torch.nextafter(ends[..., -1:], torch.zeros_like(ends[..., -1:]))  # rounding may have put mass at the end
+    below = ends[..., -1:] * (1 - 2**-52)  # rounding may have put mass at the end
     place = torch.searchsorted(ends, mass.clamp_min(0).minimum(below), right=True)
     return place.clamp_max(ends.shape[-1] - 1)  # only if a priority is not finite: the run will stop
 
@@ -706,36 +709,33 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     """Draws transitions in proportion to their priorities (Schaul et al., 2016), as the authors' code does.
 
     A priority is the square root of a transition's last loss; new ones get the largest so far, rows that cannot be
-    drawn have 0. Sums are of two levels, over blocks of about 1,024 rows and within one, in float64: float32 sums over
-    1M rows would leave many of them unreachable. A changed block is summed afresh, so errors do not build up.
+    drawn have 0. A draw looks up the sums of blocks of rows, then one block. All in float64: float32 sums over 1M rows
+    would leave many of them unreachable. A changed block is summed afresh, so that errors do not build up.
     """
 
     def __init__(self, capacity: int, num_envs: int, frame_shape: tuple[int, int], **window):
         super().__init__(capacity, num_envs, frame_shape, **window)
-        self.block_size = math.ceil(1024 / num_envs) * num_envs
-        num_blocks = math.ceil(self.rows * num_envs / self.block_size)
-        self.priorities = torch.zeros(num_blocks * self.block_size, device=self.device)  # by row * num_envs + lane
-        self.block_sums = torch.zeros(num_blocks, dtype=torch.float64, device=self.device)
-        self.max_priority = torch.ones(1, device=self.device)
+        size = {"dtype": torch.float64, "device": self.device}
+        self.priorities = torch.zeros(math.ceil(self.rows * num_envs / BLOCK_SIZE), BLOCK_SIZE, **size)
+        self.block_sums = torch.zeros(len(self.priorities), **size)
+        self.max_priority = torch.ones(1, **size)
         self.lanes = torch.arange(num_envs, device=self.device)
 
     def _retire(self, rows: Tensor, expiring: Tensor) -> None:
         super()._retire(rows, expiring)
-        index = rows[:, None] * self.num_envs + self.lanes  # (k, N)
-        self._set(index, torch.where(expiring, 0, self.priorities[index]))
+        index = (rows[:, None] * self.num_envs + self.lanes).view(-1)  # (k * N,)
+        self._set(index, torch.where(expiring.view(-1), 0, self.priorities.view(-1)[index]))
 
     def _release(self, rows: Tensor, completed: Tensor) -> None:
         super()._release(rows, completed)
-        index = rows[:, None] * self.num_envs + self.lanes  # (k, N)
-        self._set(index, torch.where(completed, self.max_priority, self.priorities[index]))
+        index = (rows[:, None] * self.num_envs + self.lanes).view(-1)  # (k * N,)
+        self._set(index, torch.where(completed.view(-1), self.max_priority, self.priorities.view(-1)[index]))
 
     def _set(self, index: Tensor, priorities: Tensor) -> None:
-        """Write priorities (...) at index (...), equal where an index is there twice, and sum the changed blocks."""
-        index = index.view(-1)
-        self.priorities.index_copy_(0, index, priorities.view(-1))
-        block = index // self.block_size
-        sums = self.priorities.view(-1, self.block_size)[block].sum(dim=1, dtype=torch.float64)
-        self.block_sums.index_copy_(0, block, sums)
+        """Write priorities (k,) at index (k,), equal ones where it repeats itself, and sum the changed blocks."""
+        self.priorities.view(-1).index_copy_(0, index, priorities)
+        block = index // BLOCK_SIZE
+        self.block_sums.index_copy_(0, block, self.priorities.index_select(0, block).sum(dim=1))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw one transition from each of `batch_size` strata of equal mass.
@@ -743,16 +743,16 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Importance weights are 1/sqrt(p) over their largest in the batch (beta = 0.5, fixed, as in the authors' code).
         """
         ends = self.block_sums.cumsum(dim=0)  # (blocks,)
-        stratum = torch.arange(batch_size, device=self.device)
-        draw = (stratum + torch.rand(batch_size, dtype=torch.float64, device=self.device)) / batch_size
-        mass = draw * ends[-1]  # (B,)
+        draw = torch.arange(batch_size, device=self.device)
+        draw = draw + torch.rand(batch_size, dtype=torch.float64, device=self.device)
+        mass = draw * (ends[-1] / batch_size)  # (B,)
         block = first_above(ends, mass)
         mass = mass - (ends - self.block_sums)[block]
-        ends = self.priorities.view(-1, self.block_size)[block].cumsum(dim=1, dtype=torch.float64)  # (B, block_size)
-        index = block * self.block_size + first_above(ends, mass[:, None])[:, 0]
-        priorities = self.priorities[index]
-        batch = self._gather(index // self.num_envs, index % self.num_envs)
-        return batch._replace(importance_weights=(priorities.min() / priorities).sqrt())
+        ends = self.priorities.index_select(0, block).cumsum(dim=1)  # (B, BLOCK_SIZE)
+        index = block * BLOCK_SIZE + first_above(ends, mass[:, None])[:, 0]
+        priorities = self.priorities.view(-1)[index]
+        weights = (priorities.min() / priorities).sqrt().float()
+        return self._gather(index // self.num_envs, index % self.num_envs)._replace(importance_weights=weights)
 
     def update_priorities(self, index: Tensor, loss: Tensor) -> None:
         """Set priorities from losses (B,), before importance weights, of the batch with `index` (B,).
@@ -760,15 +760,14 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Where one was drawn twice its larger loss counts; rows that can no longer be drawn keep 0.
         """
         index = index.to(self.device)
-        priorities = (loss.detach().to(self.device) + 1e-10).sqrt()
+        priorities = (loss.detach().to(self.block_sums) + 1e-10).sqrt()  # Dopamine's floor
         self.max_priority.copy_(torch.maximum(self.max_priority, priorities.max()))
         priorities = torch.where(index[:, None] == index, priorities, 0).amax(dim=1)  # (B, B) -> (B,)
-        self._set(index, torch.where(self.priorities[index] > 0, priorities, 0))
+        self._set(index, torch.where(self.priorities.view(-1)[index] > 0, priorities, 0))
 
     def _parts(self, cursor: int) -> dict[str, Tensor]:
-        return super()._parts(cursor) | {
-            name: getattr(self, name) for name in ("priorities", "block_sums", "max_priority")
-        }
+        own = {name: getattr(self, name) for name in ("priorities", "block_sums", "max_priority")}
+        return super()._parts(cursor) | own
 
 
 def available_memory(device: torch.device) -> int:
@@ -1169,6 +1168,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
     if args.layer != "dense":
         layer = f"{args.layer}, {args.num_experts} experts of {args.expert_hidden_dim}, {moe.num_slots} slots each, "
         layer += f"{moe.num_tokens} tokens of {moe.token_dim}"
+    components = [name for name in ("double", "dueling", "noisy", "prioritized") if getattr(args, name)]
     memory = ReplayBuffer.nbytes(args.buffer_size, args.num_envs, envs.frame_shape)
     where = "GPU" if replay.device.type == "cuda" else "host"
     h, w = envs.frame_shape
@@ -1177,6 +1177,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
                {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}
   encoder      {args.encoder}, width {args.encoder_width}
   layer        {layer}
+  Rainbow      {", ".join([f"{args.num_atoms} atoms", f"{args.n_step}-step", *components])}
   parameters   {total:,} = encoder {encoder:,} + layer {middle:,} + head {total - encoder - middle:,}
   replay       {args.buffer_size:,} transitions, {memory / 1e9:.2f} GB of {where} memory when full
   training     {args.total_timesteps:,} agent steps ({4 * args.total_timesteps:,} frames)
