@@ -52,6 +52,7 @@ from moe_layers import (
     Top1MoE,
     importance_loss,
     lecun_normal_,
+    linear,
     load_loss,
     routing_stats,
     tokenize,
@@ -439,9 +440,7 @@ class QNetwork(nn.Module):
                 self.moe = SoftMoE(*sizes, capacity_factor=args.capacity_factor, **router)
             else:
                 self.moe = Top1MoE(*sizes, capacity_factor=args.capacity_factor)
-        self.head = nn.Linear(num_features, num_actions)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = linear(num_features, num_actions)
         # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
         self.to(memory_format=torch.channels_last)
 
@@ -1143,7 +1142,7 @@ def main(args: Args) -> None:
         return select_actions(q_network.q_values(stack.push(frame, start)), epsilon)
 
     def update(*batch):
-        batch = Batch(*(x.to(device) for x in batch)) if batch else replay.sample(args.batch_size)
+        batch = Batch(*(torch.as_tensor(x, device=device) for x in batch)) if batch else replay.sample(args.batch_size)
         optimizer.zero_grad(set_to_none=True)
         loss, metrics = loss_function(q_network, target_network, batch, args)
         loss.backward()

@@ -313,6 +313,16 @@ class NoisyLinear(nn.Module):
         return mean + F.linear(x * p, self.weight_sigma, self.bias_sigma) * q
 
 
+def linear(in_features: int, out_features: int, *, noisy: bool = False) -> nn.Module:
+    """A `NoisyLinear`, or an `nn.Linear` with Xavier-uniform weights and zero biases (authors' feature_layer)."""
+    if noisy:
+        return NoisyLinear(in_features, out_features)
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class DenseLayer(nn.Module):
     """The paper's baseline penultimate layer: flatten, linear, ReLU. (B, ...) -> (B, hidden_dim).
 
@@ -323,10 +333,7 @@ class DenseLayer(nn.Module):
     def __init__(self, in_features: int, hidden_dim: int, *, noisy: bool = False):
         super().__init__()
         check_positive(in_features=in_features, hidden_dim=hidden_dim)
-        self.linear = NoisyLinear(in_features, hidden_dim) if noisy else nn.Linear(in_features, hidden_dim)
-        if not noisy:
-            nn.init.xavier_uniform_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
+        self.linear = linear(in_features, hidden_dim, noisy=noisy)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear(x.flatten(1)))

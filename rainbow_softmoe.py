@@ -49,12 +49,12 @@ from tqdm import tqdm
 from moe_layers import (
     DenseLayer,
     MoEOutput,
-    NoisyLinear,
     PatchTokenizer,
     SoftMoE,
     Top1MoE,
     importance_loss,
     lecun_normal_,
+    linear,
     load_loss,
     routing_stats,
     tokenize,
@@ -432,16 +432,6 @@ class ImpalaEncoder(nn.Module):
         return F.relu(self.stack2(self.stack1(self.stack0(x))))
 
 
-def head(in_features: int, out_features: int, noisy: bool) -> nn.Module:
-    """Linear output layer: noisy, or with Xavier-uniform weights and zero biases."""
-    if noisy:
-        return NoisyLinear(in_features, out_features)
-    layer = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class QNetwork(nn.Module):
     """Encoder, tokens, mixture of experts (or a dense layer), dueling heads over atoms.
 
@@ -471,8 +461,8 @@ class QNetwork(nn.Module):
                 self.moe = SoftMoE(*sizes, capacity_factor=args.capacity_factor, noisy=args.noisy, **router)
             else:
                 self.moe = Top1MoE(*sizes, capacity_factor=args.capacity_factor, noisy=args.noisy)
-        self.advantage = head(num_features, num_actions * args.num_atoms, args.noisy)
-        self.value = head(num_features, args.num_atoms, args.noisy) if args.dueling else None
+        self.advantage = linear(num_features, num_actions * args.num_atoms, noisy=args.noisy)
+        self.value = linear(num_features, args.num_atoms, noisy=args.noisy) if args.dueling else None
         support = torch.linspace(args.v_min, args.v_max, args.num_atoms)  # (N,)
         self.register_buffer("support", support, persistent=False)
         # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
@@ -528,7 +518,7 @@ class Batch(NamedTuple):
     discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps really taken
     next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
     index: Tensor  # (B,) int64: row * num_envs + environment
-    importance_weights: Tensor = torch.ones(())  # (B,) float32; or 0-D, one for all
+    importance_weights: Tensor | float = 1.0  # (B,) float32, or one for all
 
 
 class ReplayBuffer:
@@ -699,10 +689,9 @@ BLOCK_SIZE = 512  # priorities that are summed together: about the square root o
 
 
 def first_above(ends: Tensor, mass: Tensor) -> Tensor:
-    """Index of the first of the rising `ends` (..., n) above `mass` (..., k): never one that adds nothing."""
-    below = ends[..., -1:] * (1 - 2**-52)  # rounding may have put mass at the end
-    place = torch.searchsorted(ends, mass.clamp_min(0).minimum(below), right=True)
-    return place.clamp_max(ends.shape[-1] - 1)  # only if a priority is not finite: the run will stop
+    """Index of the first of the rising `ends` (..., n) above `mass` (..., k): never one that adds nothing to them."""
+    below = ends[..., -1:] * (1 - 2**-52)  # rounding may have put mass at the end, or below 0
+    return torch.searchsorted(ends, mass.clamp_min(0).minimum(below), right=True)
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -757,10 +746,12 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     def update_priorities(self, index: Tensor, loss: Tensor) -> None:
         """Set priorities from losses (B,), before importance weights, of the batch with `index` (B,).
 
-        Where one was drawn twice its larger loss counts; rows that can no longer be drawn keep 0.
+        Where one was drawn twice its larger loss counts; rows that can no longer be drawn keep 0. A loss that is not
+        finite counts as none, so that the sums stay whole until the run stops for it.
         """
         index = index.to(self.device)
-        priorities = (loss.detach().to(self.block_sums) + 1e-10).sqrt()  # Dopamine's floor
+        loss = loss.detach().to(self.block_sums).nan_to_num(0.0, 0.0, 0.0)
+        priorities = (loss + 1e-10).sqrt()  # Dopamine's floor
         self.max_priority.copy_(torch.maximum(self.max_priority, priorities.max()))
         priorities = torch.where(index[:, None] == index, priorities, 0).amax(dim=1)  # (B, B) -> (B,)
         self._set(index, torch.where(self.priorities.view(-1)[index] > 0, priorities, 0))
@@ -1276,7 +1267,7 @@ def main(args: Args) -> None:
         return select_actions(q_network.q_values(stack.push(frame, start)), epsilon)
 
     def update(*batch):
-        batch = Batch(*(x.to(device) for x in batch)) if batch else replay.sample(args.batch_size)
+        batch = Batch(*(torch.as_tensor(x, device=device) for x in batch)) if batch else replay.sample(args.batch_size)
         optimizer.zero_grad(set_to_none=True)
         loss, metrics = loss_function(q_network, target_network, batch, args)
         loss.backward()
