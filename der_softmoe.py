@@ -277,7 +277,9 @@ class Environments:
 
     def reset(self, seed: int) -> np.ndarray:
         """Start a new game everywhere; returns the first frames (N, H, W)."""
-        return self.envs.reset(seed=seed)[0].reshape(self.num_envs, *self.frame_shape)
+        obs, info = self.envs.reset(seed=seed)
+        self.lives = info.get("lives")
+        return obs.reshape(self.num_envs, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
         """Start a step with actions (N,), all in range: an out-of-range one would hang ale-py."""
@@ -290,8 +292,13 @@ class Environments:
         """Wait for the step that `send` began."""
         atari = isinstance(self.envs, AtariVectorEnv)
         obs, reward, terminated, truncated, info = self.envs.recv() if atari else self.envs.step(self.action)
-        # With life_loss_info ale-py reports a lost life as terminated, and the game goes on while lives are left.
-        over = truncated | (terminated & (info["lives"] == 0) if self.life_loss else terminated)
+        over = truncated | terminated
+        if self.life_loss:
+            # ale-py reports a lost life as terminated, but only while lives are left, and some games go on without any
+            # (Bank Heist): the loss that leaves none counts too.
+            over = truncated | (terminated & (info["lives"] == 0))
+            terminated = terminated | (info["lives"] < self.lives)
+            self.lives = info["lives"].copy()
         return Step(obs.reshape(self.num_envs, *self.frame_shape), reward, terminated, truncated, over)
 
     def close(self) -> None:

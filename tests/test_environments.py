@@ -63,6 +63,21 @@ def test_a_lost_life_ends_the_episode_but_not_the_game():
         assert terminated[ends[0] + 1 : ends[1] + 1, lane].sum() == 5
 
 
+def test_a_game_may_go_on_without_lives():
+    """Bank Heist shows 0 lives during its last one: five losses in each game."""
+    args = Args(env_id="BankHeistNoFrameskip-v4", terminal_on_life_loss=True, sticky_actions=0.0)
+    envs, rng = make_envs(args, 1), np.random.default_rng(0)
+    envs.reset(1)
+    lost, games = 0, 0
+    for _ in range(2000):
+        envs.send(rng.integers(envs.num_actions, size=1))
+        step = envs.recv()
+        lost, games = lost + int(step.terminated[0]), games + int(step.game_over[0])
+        if step.game_over[0]:
+            assert lost == 5 * games
+    assert games >= 2
+
+
 def test_without_life_loss_only_game_over_terminates():
     steps = play(Args(), 2, 700)
     assert all((step.terminated == step.game_over).all() for _, step in steps)
