@@ -1,6 +1,7 @@
 """Fixtures: the scripts on the path, small arguments for quick runs, what a run left behind."""
 
 import csv
+import importlib
 import sys
 from pathlib import Path
 
@@ -31,12 +32,19 @@ def quick(**overrides) -> dict:
     return small | overrides
 
 
-@pytest.fixture
-def quick_args(tmp_path):
-    """Args for a quick run below tmp_path."""
-    from dqn_softmoe import Args
+AGENTS = ["dqn_softmoe", "rainbow_softmoe", "der_softmoe"]
 
-    return lambda **overrides: Args(**quick(**{"runs_dir": str(tmp_path / "runs")} | overrides))
+
+@pytest.fixture(params=AGENTS)
+def agent(request):
+    """Each script in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def quick_args(tmp_path, agent):
+    """Args of the script for a quick run below tmp_path."""
+    return lambda **overrides: agent.Args(**quick(**{"runs_dir": str(tmp_path / "runs")} | overrides))
 
 
 def read_csv(path: Path) -> list[dict]:

@@ -171,7 +171,7 @@ IDLE_FLAGS = [
 
 @pytest.mark.parametrize("name, value, given, needs", IDLE_FLAGS)
 def test_flag_without_effect(refused_run, name, value, given, needs):
-    refused_run([flag(name), needs, given.get("layer", "")], **{name: value}, **given)
+    refused_run([flag(name), "has no effect", needs], **{name: value}, **given)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
