@@ -1,8 +1,8 @@
 """How much of the training loop is learning: agent steps/s against the bare update of the same network.
 
-    python scripts/benchmark.py --layer dense --encoder nature
+    python scripts/benchmark.py dqn_softmoe --layer dense --encoder nature
 
-Takes the flags of `dqn_softmoe.py`. One process measures, by turns, the bare update (forward, target, backward, Adam
+Takes the name of a script and the script's flags. One process measures, by turns, the bare update (forward, target, backward, Adam
 on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same settings, because
 timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one update in the time of
 the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
@@ -10,6 +10,7 @@ the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is
 
 import contextlib
 import csv
+import importlib
 import io
 import resource
 import statistics
@@ -22,12 +23,17 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dqn_softmoe import STACK_SIZE, Args, Batch, QNetwork, main, make_envs, td_loss
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*_softmoe.py"))
+if not (len(sys.argv) > 1 and sys.argv[1] in SCRIPTS):
+    print(f"error: the first argument must be one of {', '.join(SCRIPTS)}", file=sys.stderr)
+    raise SystemExit(2)
+sys.path.insert(0, str(ROOT))
+agent = importlib.import_module(sys.argv.pop(1))
 
 
 @dataclass
-class BenchmarkArgs(Args):
+class BenchmarkArgs(agent.Args):
     # Benchmark
     turns: int = 5
     """times that each measurement is taken"""
@@ -35,24 +41,24 @@ class BenchmarkArgs(Args):
     """agent steps of learning that are timed in each turn, after as many without learning and as many to warm up"""
 
 
-def bare_update_seconds(args: Args, device: torch.device, repeats: int) -> float:
+def bare_update_seconds(args: BenchmarkArgs, device: torch.device, repeats: int) -> float:
     """Median seconds of forward, target, backward and Adam on a batch that stays where it is."""
-    envs = make_envs(args, 1)
-    shape, num_actions = (STACK_SIZE, *envs.frame_shape), envs.num_actions
+    envs = agent.make_envs(args, 1)
+    shape, num_actions = (agent.STACK_SIZE, *envs.frame_shape), envs.num_actions
     envs.close()
-    q_network, target_network = (QNetwork(args, shape, num_actions).to(device) for _ in range(2))
+    q_network, target_network = (agent.QNetwork(args, shape, num_actions).to(device) for _ in range(2))
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     B = args.batch_size
     frames = [torch.randint(0, 256, (B, *shape), dtype=torch.uint8, device=device) for _ in range(2)]
     action = torch.randint(num_actions, (B,), device=device)
     reward, discount = torch.rand(B, device=device), torch.full((B,), args.gamma, device=device)
-    batch = Batch(frames[0], action, reward, discount, frames[1], action)
+    batch = agent.Batch(frames[0], action, reward, discount, frames[1], action)
     seconds = []
     for _ in range(repeats + 5):
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        td_loss(q_network, target_network, batch, args)[0].backward()
+        agent.td_loss(q_network, target_network, batch, args)[0].backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -66,7 +72,7 @@ def loop_steps_per_second(args: BenchmarkArgs) -> float:
         short = {"total_timesteps": 3 * args.steps, "learning_starts": args.steps, "buffer_size": 50_000}
         short |= {"iteration_steps": args.steps, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            main(replace(args, **short))
+            agent.main(replace(args, **short))
         (metrics,) = Path(runs_dir).glob("*/metrics.csv")
         with open(metrics, newline="") as file:
             return float(list(csv.DictReader(file))[-1]["sps"])
@@ -83,7 +89,9 @@ def run(args: BenchmarkArgs) -> None:
         print(f"turn {turn + 1}: bare update {1e3 * bare:.1f} ms, loop {rate:.1f} agent steps/s, ratio {ratio:.3f}")
         ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.env_id}, {args.layer}, {args.encoder}, {args.num_experts} experts, seed {args.seed}, on {where}")
+    print(
+        f"{agent.__name__}, {args.env_id}, {args.layer}, {args.encoder}, {args.num_experts} experts, seed {args.seed}, on {where}"
+    )
     ratio = statistics.median(ratios)
     print(
         f"median of {args.turns}: bare update {1e3 * statistics.median(bares):.1f} ms, "

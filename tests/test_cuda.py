@@ -1,5 +1,6 @@
 """What only a GPU can show: CUDA graphs compute what eager code computes, and nothing in them waits."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,17 @@ import pytest
 import torch
 from conftest import only_run, quick
 
-from dqn_softmoe import Args, CudaGraph, QNetwork, ReplayBuffer, main, td_loss
+import der_softmoe
+import dqn_softmoe
+import rainbow_softmoe
+from dqn_softmoe import CudaGraph, ReplayBuffer
+from rainbow_softmoe import PrioritizedReplayBuffer
 
 pytestmark = pytest.mark.cuda
 
 
-def filled_replay(n_step=1):
-    replay = ReplayBuffer(4000, 4, (84, 84), n_step=n_step, device="cuda")
+def filled_replay(replay_type, n_step=1):
+    replay = replay_type(4000, 4, (84, 84), n_step=n_step, device="cuda")
     rng = np.random.default_rng(0)
     for _ in range(300):
         frame = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8)
@@ -23,29 +28,40 @@ def filled_replay(n_step=1):
 
 
 class Learner:
-    """The update of the script's main loop on a fixed replay."""
+    """The update of a script's main loop on a fixed replay."""
 
-    def __init__(self, layer, compiled):
+    def __init__(self, agent, layer, compiled=False, **settings):
         torch.manual_seed(0)
-        self.args = Args(layer=layer, encoder="nature", num_experts=4, expert_hidden_dim=64)
-        self.q_network, self.target = (QNetwork(self.args, (4, 84, 84), 4).cuda() for _ in range(2))
+        self.args = agent.Args(layer=layer, encoder="nature", num_experts=4, expert_hidden_dim=64, **settings)
+        self.q_network, self.target = (agent.QNetwork(self.args, (4, 84, 84), 4).cuda() for _ in range(2))
         self.target.load_state_dict(self.q_network.state_dict())
         adam = {"lr": 1e-4, "eps": 1.5e-4, "fused": True, "capturable": True}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        self.replay, self.loss = filled_replay(), torch.compile(td_loss) if compiled else td_loss
+        self.prioritized = agent is not dqn_softmoe
+        self.replay = filled_replay(agent.PrioritizedReplayBuffer if self.prioritized else agent.ReplayBuffer)
+        self.loss = torch.compile(agent.td_loss) if compiled else agent.td_loss
 
     def update(self):
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = self.loss(self.q_network, self.target, self.replay.sample(32), self.args)
+        batch = self.replay.sample(32)
+        loss, metrics = self.loss(self.q_network, self.target, batch, self.args)
         loss.backward()
         self.optimizer.step()
+        if self.prioritized:
+            self.replay.update_priorities(batch.index, metrics["losses"])
         return metrics
 
 
+# A compiled loss draws its noise in another order than an eager one.
+LEARNERS = [(dqn_softmoe, compiled, {}) for compiled in (False, True)]
+LEARNERS += [(rainbow_softmoe, False, {}), (rainbow_softmoe, True, {"noisy": False}), (der_softmoe, False, {})]
+LEARNERS += [(der_softmoe, False, {"augment": True}), (rainbow_softmoe, False, {"double": False, "dueling": False})]
+
+
 @pytest.mark.parametrize("layer", ["softmoe", "top1moe", "dense"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_graph_and_eager_agree_after_100_updates(layer, compiled):
-    eager, graphed = Learner(layer, False), Learner(layer, compiled)
+@pytest.mark.parametrize("agent, compiled, settings", LEARNERS)
+def test_graph_and_eager_agree_after_100_updates(agent, layer, compiled, settings):
+    eager, graphed = Learner(agent, layer, **settings), Learner(agent, layer, compiled, **settings)
     update = CudaGraph(graphed.update, warmup=5)
     torch.manual_seed(1)
     for _ in range(100):
@@ -58,8 +74,9 @@ def test_graph_and_eager_agree_after_100_updates(layer, compiled):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
 
 
-def test_nothing_in_update_act_and_store_waits_for_the_device():
-    learner = Learner("softmoe", False)
+@pytest.mark.parametrize("agent", [dqn_softmoe, rainbow_softmoe, der_softmoe])
+def test_nothing_in_update_act_and_store_waits_for_the_device(agent):
+    learner = Learner(agent, "softmoe")
     frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
     zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
     learner.update()
@@ -73,9 +90,10 @@ def test_nothing_in_update_act_and_store_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graphed_replay_is_the_host_s(tmp_path):
-    """Storing through a graph gives the same ring as storing on the host."""
-    host, device = (ReplayBuffer(400, 2, (6, 6), n_step=3, device=d) for d in ("cpu", "cuda"))
+@pytest.mark.parametrize("replay_type", [ReplayBuffer, PrioritizedReplayBuffer])
+def test_a_graphed_replay_is_the_host_s(replay_type):
+    """Storing through a graph gives the same ring, and the same priorities, as storing on the host."""
+    host, device = (replay_type(400, 2, (6, 6), n_step=3, device=d) for d in ("cpu", "cuda"))
     store, rng = CudaGraph(device.add, warmup=3), np.random.default_rng(0)
     for _ in range(500):
         frame = rng.integers(0, 256, (2, 6, 6), dtype=np.uint8)
@@ -89,28 +107,31 @@ def test_a_graphed_replay_is_the_host_s(tmp_path):
         assert torch.equal(value, expected), name
 
 
+@pytest.mark.parametrize("agent", [dqn_softmoe, rainbow_softmoe])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("replay_device", ["auto", "cpu"])
-def test_every_combination_of_switches_trains_and_resumes(compile, cuda_graphs, replay_device, tmp_path):
+def test_every_combination_of_switches_trains_and_resumes(agent, compile, cuda_graphs, replay_device, tmp_path):
     switches = {"cuda": True, "compile": compile, "cuda_graphs": cuda_graphs, "replay_device": replay_device}
-    args = Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **switches))
-    main(args)
+    args = agent.Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **switches))
+    agent.main(args)
     run_dir = only_run(tmp_path)
-    main(replace(args, resume=str(run_dir), total_timesteps=600))
-    main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # and on another device
+    agent.main(replace(args, resume=str(run_dir), total_timesteps=600))
+    agent.main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # and on another device
     assert (run_dir / "checkpoint-000000000700").is_dir()
+
+
+@pytest.mark.parametrize("agent", [rainbow_softmoe, der_softmoe])
+@pytest.mark.parametrize("replay_device", ["auto", "cpu"])
+def test_uniform_replay_trains_with_either_place_of_the_replay(agent, replay_device, tmp_path):
+    settings = {"prioritized": False, "cuda": True, "replay_device": replay_device}
+    agent.main(agent.Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **settings)))
+    assert (only_run(tmp_path) / "eval.json").exists()
 
 
 @pytest.mark.parametrize("layer", ["softmoe", "dense"])
 def test_learns_the_pixel_game_on_the_gpu(layer, tmp_path):
     settings = {"total_timesteps": 10_000, "learning_starts": 500, "buffer_size": 10_000, "epsilon_decay_steps": 3_000}
     settings |= {"target_network_frequency": 400, "learning_rate": 1e-3, "expert_hidden_dim": 64, "cuda": True}
-    main(Args(**quick(runs_dir=str(tmp_path), layer=layer, eval_episodes=20, **settings)))
-    assert mean_return(tmp_path) >= 0.8 * 4
-
-
-def mean_return(runs_dir):
-    import json
-
-    return json.loads((only_run(runs_dir) / "eval.json").read_text())["mean_return"]
+    dqn_softmoe.main(dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), layer=layer, eval_episodes=20, **settings)))
+    assert json.loads((only_run(tmp_path) / "eval.json").read_text())["mean_return"] >= 0.8 * 4
