@@ -2,10 +2,10 @@
 
     python scripts/benchmark.py dqn_softmoe --layer dense --encoder nature
 
-Takes the name of a script and the script's flags. One process measures, by turns, the bare update (forward, target, backward, Adam
-on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same settings, because
-timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one update in the time of
-the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
+Takes the name of a script and the script's flags. One process measures, by turns, the bare update (forward, target,
+backward, Adam on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same
+settings, because timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one
+update in the time of the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
 """
 
 import contextlib
@@ -89,9 +89,8 @@ def run(args: BenchmarkArgs) -> None:
         print(f"turn {turn + 1}: bare update {1e3 * bare:.1f} ms, loop {rate:.1f} agent steps/s, ratio {ratio:.3f}")
         ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{agent.__name__}, {args.env_id}, {args.layer}, {args.encoder}, {args.num_experts} experts, seed {args.seed}, on {where}"
-    )
+    network = f"{args.layer}, {args.encoder}, {args.num_experts} experts"
+    print(f"{agent.__name__}, {args.env_id}, {network}, seed {args.seed}, on {where}")
     ratio = statistics.median(ratios)
     print(
         f"median of {args.turns}: bare update {1e3 * statistics.median(bares):.1f} ms, "
