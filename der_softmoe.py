@@ -75,7 +75,7 @@ class Args:
     """name of the run directory (default: environment, agent, layer, experts, seed)"""
     resume: str | None = None
     """run directory to continue from its last checkpoint, with the arguments it was started with"""
-    checkpoint_every: int = 2_500_000
+    checkpoint_every: int = 50_000
     """agent steps between checkpoints, each as large as the replay (0: only at the end and on a signal)"""
     iteration_steps: int = 10_000
     """agent steps per row of metrics.csv (paper: 250,000; DER: 10,000)"""
@@ -168,9 +168,9 @@ class Args:
     prioritized: bool = True
     """draw transitions in proportion to the square root of their loss (Schaul et al., 2016)"""
     end_epsilon: float = 0.01
-    """exploration after the decay (--no-noisy; authors' code: 0.01)"""
-    epsilon_decay_steps: int = 250_000
-    """agent steps of linear decay from 1 after learning starts (--no-noisy; authors' code: 250,000)"""
+    """exploration after the decay (paper: 0.01; not with --noisy)"""
+    epsilon_decay_steps: int = 2_000
+    """agent steps of linear decay from 1 after learning starts (paper: 250,000; DER: 2,000; not with --noisy)"""
     eval_epsilon: float = 0.001
     """exploration in evaluation (paper: 0.001)"""
 

@@ -167,9 +167,9 @@ class Args:
     prioritized: bool = True
     """draw transitions in proportion to the square root of their loss (Schaul et al., 2016)"""
     end_epsilon: float = 0.01
-    """exploration after the decay (--no-noisy; authors' code: 0.01)"""
+    """exploration after the decay (paper: 0.01; not with --noisy)"""
     epsilon_decay_steps: int = 250_000
-    """agent steps of linear decay from 1 after learning starts (--no-noisy; authors' code: 250,000)"""
+    """agent steps of linear decay from 1 after learning starts (paper: 250,000; DER: 2,000; not with --noisy)"""
     eval_epsilon: float = 0.001
     """exploration in evaluation (paper: 0.001)"""
 

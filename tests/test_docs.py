@@ -1,39 +1,52 @@
 """What the README says of flags and files is what the code says, and the code speaks of itself alone."""
 
 import ast
+import importlib
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
-
-from dqn_softmoe import Args
+from conftest import AGENTS, ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
 def show(default):
     if default is None or isinstance(default, bool):
-        return {None: "", True: "on", False: "off"}[default]
+        return {None: "not set", True: "on", False: "off"}[default]
     return f"{default:,}" if isinstance(default, int) else f"{default:g}" if isinstance(default, float) else default
 
 
-def flag_rows(script):
-    """One README table row per field of Args: flag, default, help text."""
-    tree = ast.parse((ROOT / script).read_text())
+def helps(script):
+    """Flag name -> help text."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    defaults = {field.name: field.default for field in fields(Args)}
-    for field, doc in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign):
-            shown = show(defaults[field.target.id])
-            yield f"| `--{field.target.id.replace('_', '-')}` | {shown} | {doc.value.value} |"
+    fields_and_docs = zip(body, body[1:], strict=False)
+    return {field.target.id: doc.value.value for field, doc in fields_and_docs if isinstance(field, ast.AnnAssign)}
 
 
-def test_the_readme_lists_every_flag_with_its_default_and_help():
-    for row in flag_rows("dqn_softmoe.py"):
+def flag_rows():
+    """The README's table: flag, default in each script (empty: as to its left; –: no such flag), help text."""
+    defaults = [{f.name: show(f.default) for f in fields(importlib.import_module(name).Args)} for name in AGENTS]
+    texts = {name: text for script in reversed(AGENTS) for name, text in helps(script).items()}
+    for name in max((list(each) for each in defaults), key=len):
+        shown = [each.get(name, "–") for each in defaults]
+        cells = [shown[0]] + ["" if b == a else b for a, b in zip(shown, shown[1:], strict=False)]
+        yield f"| `--{name.replace('_', '-')}` | {' | '.join(cells)} | {texts[name]} |"
+
+
+def test_the_readme_lists_every_flag_with_its_defaults_and_help():
+    for row in flag_rows():
         assert row in README, row
 
 
-@pytest.mark.parametrize("name", ["dqn_softmoe.py", "moe_layers.py", "scripts/benchmark.py"])
+def test_a_flag_has_the_same_help_in_every_script():
+    every = [helps(script) for script in AGENTS]
+    for one in every:
+        for name, text in one.items():
+            assert all(other.get(name, text) == text for other in every), name
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.py" for name in AGENTS), "moe_layers.py", "scripts/benchmark.py"])
 def test_the_readme_counts_lines_to_the_nearest_ten(name):
     lines = len((ROOT / name).read_text().splitlines())
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
