@@ -688,6 +688,7 @@ class ReplayBuffer:
             if state[name].shape != target.shape or state[name].dtype != target.dtype:
                 found, expected = ((tuple(x.shape), x.dtype) for x in (state[name], target))
                 raise ValueError(f"replay {name} is {found}, expected {expected}")
+        self.valid.zero_()  # rows that the state does not reach
         for name, target in targets.items():
             target.copy_(state[name])
 
