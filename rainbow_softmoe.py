@@ -218,7 +218,7 @@ def check_args(args: Args) -> None:
     for name in "capacity_factor learning_rate adam_eps importance_weight load_weight".split():
         if not 0 < getattr(args, name) < math.inf:
             fail(f"{flag(name)} must be above 0, not {getattr(args, name)}")
-    if not -math.inf < args.v_min < args.v_max < math.inf or args.num_atoms < 2:
+    if not (args.num_atoms > 1 and args.v_max - args.v_min > 1e-6 * max(1, abs(args.v_min), abs(args.v_max)) < 1e30):
         fail(f"no {args.num_atoms} atoms from {args.v_min:g} to {args.v_max:g}: --num-atoms, --v-min, --v-max")
     balancing = args.load_balancing.split("+")
     for name, works, needs in (
@@ -758,11 +758,10 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         finite counts as none, so that the sums stay whole until the run stops for it.
         """
         index = index.to(self.device)
-        loss = loss.detach().to(self.block_sums).nan_to_num(0.0, 0.0, 0.0)
-        priorities = (loss + 1e-10).sqrt()  # Dopamine's floor
+        loss = loss.detach().to(self.block_sums).nan_to_num(0.0, 0.0, 0.0).clamp_min(0)
+        priorities = (loss + 1e-10).sqrt() * (self.priorities.view(-1)[index] > 0)  # Dopamine's floor
         self.max_priority.copy_(torch.maximum(self.max_priority, priorities.max()))
-        priorities = torch.where(index[:, None] == index, priorities, 0).amax(dim=1)  # (B, B) -> (B,)
-        self._set(index, torch.where(self.priorities.view(-1)[index] > 0, priorities, 0))
+        self._set(index, torch.where(index[:, None] == index, priorities, 0).amax(dim=1))  # (B, B) -> (B,)
 
     def _parts(self, cursor: int) -> dict[str, Tensor]:
         own = {name: getattr(self, name) for name in ("priorities", "block_sums", "max_priority")}

@@ -209,7 +209,7 @@ def run_stream(seed: int, rows: int, num_envs: int, stack_size: int, n_step: int
 def test_random_streams(num_envs: int, n_step: int, stack_size: int, monkeypatch):
     """Blocks of 4 rows: many of them in a small ring, ending inside a row of lanes, some of them empty."""
     smallest = stack_size + n_step
-    for rows, block_size in ((smallest, 4), (smallest + 1, 512), (smallest + 2, 4), (2 * smallest + 3, 4)):
+    for rows, block_size in ((smallest, 4), (smallest + 1, 512), (2 * smallest + 1, 4)):
         monkeypatch.setattr(rainbow_softmoe, "BLOCK_SIZE", block_size)
         run_stream(1000 * rows + num_envs, rows, num_envs, stack_size, n_step)
 
@@ -599,8 +599,10 @@ def test_rows_that_cannot_be_drawn_take_no_priority():
         stale = sorted(set(range(24)) - set(oracle.by_index()))
         untouched += len(stale)
         learn(replay, oracle, stale * 2, [0.5] * len(stale) * 2)
+        replay.update_priorities(torch.tensor(stale), torch.full((len(stale),), 100.0))
         assert torch.equal(replay.priorities, before[0])
         assert torch.equal(replay.block_sums, before[1])
+        assert replay.max_priority == 1
         check_state(replay, oracle)
         live = list(oracle.by_index())[:3]
         learn(
@@ -656,14 +658,14 @@ def test_a_loss_of_none_and_a_huge_one():
 
 def test_losses_of_the_network_are_detached():
     """Losses with a gradient, of lower precision too, and the caller's tensors stay as they are."""
-    replay, oracle = plain_pair(20, 2, 15)
-    index, loss = torch.tensor([3, 4, 3]), torch.tensor([0.25, 4.0, 2.25], requires_grad=True)
+    replay, _ = plain_pair(20, 2, 15)
+    index, loss = torch.tensor([13, 4, 13]), torch.tensor([0.25, 4.0, 2.25], requires_grad=True)
     replay.update_priorities(index, loss)
     assert not replay.priorities.requires_grad and not replay.max_priority.requires_grad
-    assert index.tolist() == [3, 4, 3] and loss.tolist() == [0.25, 4.0, 2.25] and loss.requires_grad
-    assert replay.priorities.view(-1)[[3, 4]].tolist() == pytest.approx([1.5, 2.0], rel=1e-9)
+    assert index.tolist() == [13, 4, 13] and loss.tolist() == [0.25, 4.0, 2.25] and loss.requires_grad
+    assert replay.priorities.view(-1)[[13, 4]].tolist() == pytest.approx([1.5, 2.0], rel=1e-9)
     replay.update_priorities(index, torch.tensor([1.0, 60_000, 0], dtype=torch.float16))
-    assert replay.priorities.view(-1)[[3, 4]].tolist() == pytest.approx([1, 60_000**0.5], rel=1e-9)
+    assert replay.priorities.view(-1)[[13, 4]].tolist() == pytest.approx([1, 60_000**0.5], rel=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
@@ -687,7 +689,7 @@ def go_on(replay: PrioritizedReplayBuffer, steps: list, seed: int):
 
 
 @pytest.mark.parametrize("n_step", [3, 10])
-@pytest.mark.parametrize("moment", [0, 1, 3, 12, 14, 20, 28, 40])
+@pytest.mark.parametrize("moment", [0, 1, 12, 14, 29])
 def test_state_dict_round_trip(moment: int, n_step: int):
     """A restored buffer goes on as the original does, to the bit, and neither touches the other."""
     rng = np.random.default_rng(moment)
@@ -709,12 +711,9 @@ def test_state_dict_round_trip(moment: int, n_step: int):
         assert all(torch.equal(end[name], value) for name, value in results[0][1].items())
 
 
-LEFTOVERS = pytest.mark.xfail(strict=True, reason="flags of rows that the checkpoint does not hold stay in the ring")
-
-
-@pytest.mark.parametrize("moment", [*(pytest.param(t, marks=LEFTOVERS) for t in (0, 1, 5)), 14, 15, 40])
+@pytest.mark.parametrize("moment", [0, 1, 5, 14, 15, 40])
 def test_loading_into_a_used_buffer(moment: int):
-    """What it held before is gone."""
+    """What it held before is gone, also the rows that the state does not reach."""
     rng = np.random.default_rng(moment)
     replay, oracle = make_pair(14, 3, 4, 3)
     steps = list(play(random_events(rng, moment + 40, 3), rng))
