@@ -18,10 +18,15 @@ Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 """
 
 import csv
+import gzip
+import hashlib
 import importlib
+import io
 import json
 import math
 import os
+import queue
+import re
 import shutil
 import signal
 import sys
@@ -138,6 +143,10 @@ class Args:
     """updates per agent step (paper: 0.25; figure 4: 0.5, 1, 2; DER: 1)"""
     replay_device: Literal["auto", "cpu"] = "auto"
     """auto: GPU memory when the replay fits there, else host memory"""
+    save_replay: bool = False
+    """log every transition below the run directory, in the layout of the DQN Replay Dataset"""
+    replay_shard_size: int = 1_000_000
+    """rows per shard of that log (published data: 1M)"""
 
     # Optimisation
     learning_rate: float = 6.25e-5
@@ -206,7 +215,7 @@ def check_args(args: Args) -> None:
     positive = (
         "total_timesteps iteration_steps log_every num_envs num_experts expert_hidden_dim encoder_width batch_size"
     )
-    for name in f"{positive} buffer_size n_step target_network_frequency".split():
+    for name in f"{positive} buffer_size n_step target_network_frequency replay_shard_size".split():
         if getattr(args, name) < 1:
             fail(f"{flag(name)} must be at least 1, not {getattr(args, name)}")
     for name in "seed checkpoint_every eval_episodes noop_max epsilon_decay_steps learning_starts".split():
@@ -229,6 +238,7 @@ def check_args(args: Args) -> None:
         ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
         ("importance_weight", "importance" in balancing, "--load-balancing importance"),
         ("load_weight", "load" in balancing, "--load-balancing load"),
+        ("replay_shard_size", args.save_replay, "--save-replay"),
         ("end_epsilon", not args.noisy, "--no-noisy"),
         ("epsilon_decay_steps", not args.noisy, "--no-noisy"),
     ):
@@ -798,6 +808,177 @@ def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device
     return torch.device("cpu")
 
 
+# ----------------------------------------------------------------------------------------------------- replay log
+
+
+class ReplayLog:
+    """Every transition of a run on disk, in the layout of the DQN Replay Dataset (Agarwal et al., 2020).
+
+    `<folder>/replay_logs/` has shards N = 0, 1, ... of gzipped arrays, one row per agent step: the frame that the agent
+    saw, its action, the clipped reward, whether the episode ended there. Three black rows open an episode, row
+    `add_count` of a shard is junk. Episodes are written whole, so environments do not interleave.
+    A seventh array, `episode_end`, says what the published six cannot: 0 a step, 1 the last one of an episode that
+    terminated, 2 the last one of an episode that was cut (the next row has the frame to bootstrap from), 3 no step.
+    Readers of the six find `terminal` in all rows with 1 or 2, and in that next row: so they never cross episodes.
+    `<folder>/metadata.json` has environment, protocol, versions, arguments, and the episodes with their raw returns.
+
+    A thread compresses. A shard under way has `.tmp` names, and every episode in it is a gzip member of its own, so
+    that a resumed run cuts it back to where its checkpoint was.
+    """
+
+    ARRAYS = {"observation": "uint8", "action": "int32", "reward": "float32", "terminal": "uint8"}
+    ARRAYS |= {"episode_end": "uint8"}
+    PADDING = 3  # black rows before an episode: Dopamine's stacks of 4 read them
+
+    def __init__(self, folder: Path, num_envs: int, frame_shape: tuple[int, int], shard_size: int, metadata: dict):
+        self.folder, self.frame_shape, self.shard_size = folder / "replay_logs", tuple(frame_shape), shard_size
+        self.metadata, self.error = metadata, None
+        self.running: list[list[tuple]] = [[] for _ in range(num_envs)]  # steps of the episodes under way
+        self.shard, self.rows = 0, 0  # of the shard under way
+        self.episodes: list[list[float]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.queue: queue.Queue = queue.Queue(maxsize=64)  # a learner that is too fast waits here
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def add(self, frame, action, reward, terminated, truncated, valid) -> None:
+        """Append one row per environment, as `ReplayBuffer.add`, but with raw rewards. Fails if the disk did."""
+        if self.error is not None:
+            fail(f"cannot write the replay log in {self.folder}: {self.error}")
+        for i, steps in enumerate(self.running):
+            if valid[i]:
+                steps.append((frame[i].copy(), action[i], reward[i]))
+            if steps and (terminated[i] or not valid[i]):
+                self.queue.put((steps, None if valid[i] else frame[i].copy()))
+                self.running[i] = []
+
+    def _work(self) -> None:
+        while True:
+            episode = self.queue.get()
+            try:
+                if self.error is None:
+                    self._write(*episode)
+            except Exception as error:  # most likely a full disk; the next `add` says so
+                self.error = error
+            self.queue.task_done()
+
+    def _write(self, steps: list[tuple], last_frame: np.ndarray | None) -> None:
+        """Append an episode; `last_frame` is what came after a cut one's last step."""
+        frames, actions, rewards = zip(*steps, strict=True)
+        first, last = self.PADDING, self.PADDING + len(steps) - 1
+        count = last + (1 if last_frame is None else 2)
+        rows = {name: np.zeros(count, dtype) for name, dtype in self.ARRAYS.items()}
+        rows["observation"] = np.zeros((count, *self.frame_shape), np.uint8)
+        rows["observation"][first : last + 1] = frames
+        rows["action"][first : last + 1] = actions
+        rows["reward"][first : last + 1] = np.clip(rewards, -1, 1)
+        rows["terminal"][last:] = 1
+        rows["episode_end"][:first] = 3
+        rows["episode_end"][last:] = [1] if last_frame is None else [2, 3]
+        if last_frame is not None:
+            rows["observation"][-1] = last_frame
+        if self.rows and self.rows + count + 1 > self.shard_size:
+            self._finish_shard()
+        for name, array in rows.items():
+            with open(self._path(name, ".tmp"), "ab") as file:
+                file.write(b"" if self.rows else self._header(name, 0))
+                file.write(gzip.compress(array.tobytes(), compresslevel=1, mtime=0))
+        self.episodes.append([self.shard, self.rows + first, len(steps), float(sum(rewards)), last_frame is None])
+        self.rows += count
+
+    def _path(self, name: str, suffix: str = "", shard: int | None = None) -> Path:
+        name = f"$store$_{name}" if name in self.ARRAYS else name
+        return self.folder / f"{name}_ckpt.{self.shard if shard is None else shard}.gz{suffix}"
+
+    def _header(self, name: str, rows: int) -> bytes:
+        """The array's header for so many rows, stored as it is: of the same length for any number."""
+        shape = (rows, *self.frame_shape) if name == "observation" else (rows,)
+        header, descr = io.BytesIO(), np.lib.format.dtype_to_descr(np.dtype(self.ARRAYS[name]))
+        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+        return gzip.compress(header.getvalue(), compresslevel=0, mtime=0)
+
+    def _finish_shard(self) -> None:
+        """Add the junk row, write the number of rows, give the files their names; `add_count` comes last."""
+        for name, dtype in self.ARRAYS.items():
+            with open(self._path(name, ".tmp"), "r+b") as file:
+                file.write(self._header(name, self.rows + 1))
+                file.seek(0, os.SEEK_END)
+                row = np.zeros(math.prod(self.frame_shape) if name == "observation" else 1, dtype)
+                file.write(gzip.compress(row.tobytes(), mtime=0))
+                file.flush()
+                os.fsync(file.fileno())
+        n = self.rows
+        for name, array in (("invalid_range", [n - 1, n, 0, 1, 2]), ("add_count", n)):
+            content = io.BytesIO()
+            np.save(content, np.array(array))
+            self._path(name, ".tmp").write_bytes(gzip.compress(content.getvalue(), mtime=0))
+        for name in (*self.ARRAYS, "invalid_range", "add_count"):
+            self._path(name, ".tmp").rename(self._path(name))
+        self.shard, self.rows = self.shard + 1, 0
+        self._write_metadata()
+
+    def _write_metadata(self) -> None:
+        columns = ["shard", "row", "length", "raw_return", "terminated"]
+        done = [episode for episode in self.episodes if episode[0] < self.shard]
+        write_json(self.folder.parent / "metadata.json", self.metadata | {"columns": columns, "episodes": done}, None)
+
+    def state(self) -> dict:
+        """Where the log is once all that was added is on the disk."""
+        self.queue.join()
+        sizes = {}
+        for path in (self._path(name, ".tmp") for name in self.ARRAYS if self.rows):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = path.stat().st_size
+        episodes = torch.tensor(self.episodes, dtype=torch.float64).view(-1, 5)
+        return {"shard": self.shard, "rows": self.rows, "sizes": sizes, "episodes": episodes}
+
+    def load_state(self, state: dict) -> None:
+        """Go back to what `state` gave: later shards go, the one under way loses what came after."""
+        self.shard, self.rows = state["shard"], state["rows"]
+        self.episodes = [[int(a), int(b), int(c), d, bool(e)] for a, b, c, d, e in state["episodes"].tolist()]
+        for path in self.folder.iterdir():
+            name, _, rest = path.name.partition("_ckpt.")
+            under_way = int(rest.split(".")[0]) == self.shard and f"{name}_ckpt.{self.shard}.gz.tmp" in state["sizes"]
+            if under_way and not rest.endswith(".tmp"):
+                path.rename(path.with_name(f"{path.name}.tmp"))
+            elif int(rest.split(".")[0]) >= self.shard and not under_way:
+                path.unlink()
+        for name, size in state["sizes"].items():
+            if (self.folder / name).stat().st_size < size:
+                raise OSError(f"{name} is shorter than at the checkpoint")
+            os.truncate(self.folder / name, size)
+
+    def close(self) -> None:
+        """Write what is there as a last, shorter shard."""
+        self.queue.join()
+        if self.error is None and self.rows:
+            self._finish_shard()
+
+
+def game_name(env_id: str) -> str:
+    """Breakout for BreakoutNoFrameskip-v4, ALE/Breakout-v5, my_module:Breakout-v0."""
+    return re.split(r"NoFrameskip|Deterministic|-v\d", re.split("[:/]", env_id)[-1])[0]
+
+
+def open_replay_log(args: Args, run_dir: Path, envs: Environments, state: dict | None) -> ReplayLog | None:
+    """The run's log (with --save-replay), where the checkpoint left it; fails where it cannot be written."""
+    if not args.save_replay:
+        return None
+    game = gym.spec(args.env_id.rpartition(":")[2]).kwargs.get("game")
+    rom = None if game is None else hashlib.md5(Path(ale_py.roms.get_rom_path(game)).read_bytes()).hexdigest()
+    protocol = {name: getattr(args, name) for name in ("sticky_actions", "noop_max", "terminal_on_life_loss")}
+    metadata = {"format": "DQN Replay, with episode_end", "env_id": args.env_id, "num_actions": envs.num_actions}
+    metadata |= {"frame_skip": 4, **protocol, "ale_py": ale_py.__version__, "rom_md5": rom, "args": asdict(args)}
+    try:
+        folder = run_dir / "replay" / game_name(args.env_id) / str(args.seed)
+        log = ReplayLog(folder, args.num_envs, envs.frame_shape, args.replay_shard_size, metadata)
+        if state is not None:
+            log.load_state(state)
+        return log
+    except OSError as error:
+        fail(f"cannot write the replay log of {run_dir}: {error}")
+
+
 # ----------------------------------------------------------------------------------------------------------- loss
 
 
@@ -1026,9 +1207,9 @@ def to_floats(metrics: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict, indent: int | None = 2) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
     temporary.replace(path)
 
 
@@ -1090,7 +1271,7 @@ def load_checkpoint(run_dir: Path, parts: dict, replay: ReplayBuffer, device: to
         torch.set_rng_state(state["random"]["cpu"])
         if device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
-        return {"global_step": int(state["global_step"]), "log": state["log"]}
+        return {"global_step": int(state["global_step"]), "log": state["log"], "replay_log": state["replay_log"]}
     except Exception as error:  # a damaged file can raise nearly anything
         fail(f"--resume: {path} is damaged or not a checkpoint of this run: {type(error).__name__}: {error}")
 
@@ -1256,7 +1437,7 @@ def main(args: Args) -> None:
     replay_type = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
     replay = replay_type(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=memory)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    state = {"global_step": 0, "log": None}
+    state = {"global_step": 0, "log": None, "replay_log": None}
     if args.resume is not None:
         state = load_checkpoint(Path(args.resume), parts, replay, device)
     run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
@@ -1264,6 +1445,7 @@ def main(args: Args) -> None:
     save_args(run_dir, args)
     print(describe(args, run_dir, envs, q_network, replay), flush=True)
     log = RunLog(run_dir, args.total_timesteps, global_step, state["log"])
+    replay_log = open_replay_log(args, run_dir, envs, state["replay_log"])
 
     stack = FrameStack(args.num_envs, envs.frame_shape, device)
     loss_function = torch.compile(td_loss) if on_gpu and args.compile else td_loss
@@ -1292,13 +1474,20 @@ def main(args: Args) -> None:
     def due(every: int) -> bool:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
 
+    def record(frame, action, reward, terminated, truncated, valid) -> None:
+        store(frame, action, np.clip(reward, -1, 1), terminated, truncated, valid)
+        if replay_log is not None:
+            replay_log.add(frame, action, reward, terminated, truncated, valid)
+
     def checkpoint() -> bool:
         check_finite(to_floats(metrics), q_network, global_step, run_dir, log)
         no = np.zeros(args.num_envs, dtype=bool)
-        store(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
+        record(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
         state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
-        return save_checkpoint(run_dir, global_step, state | {"global_step": global_step, "log": log.state()}, replay)
+        state |= {"global_step": global_step, "log": log.state()}
+        state["replay_log"] = None if replay_log is None else replay_log.state()
+        return save_checkpoint(run_dir, global_step, state, replay)
 
     saved = True
     with StopSignal() as stop:
@@ -1318,7 +1507,7 @@ def main(args: Args) -> None:
                     if args.prioritized and learn_from_host:
                         replay.update_priorities(batch.index, losses)
             step = envs.recv()
-            store(frame, action, np.clip(step.reward, -1, 1), step.terminated, step.truncated, valid)
+            record(frame, action, step.reward, step.terminated, step.truncated, valid)
             global_step += args.num_envs
             log.bar.update(args.num_envs)
             if due(args.target_network_frequency):
@@ -1346,6 +1535,8 @@ def main(args: Args) -> None:
             saved = checkpoint()
         log.bar.close()
         envs.close()
+        if replay_log is not None:
+            replay_log.close()
         if global_step >= args.total_timesteps and not stop.received:
             finish(args, q_network, log, run_dir, global_step, stop)
     log.close()

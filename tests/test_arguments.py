@@ -125,7 +125,7 @@ def refused_run(refusal, tmp_path):
 # -------------------------------------------------------------------------------------------------- bad arguments
 
 AT_LEAST_ONE = "num_experts expert_hidden_dim encoder_width batch_size buffer_size n_step num_envs total_timesteps"
-AT_LEAST_ONE += " iteration_steps log_every target_network_frequency"
+AT_LEAST_ONE += " iteration_steps log_every target_network_frequency replay_shard_size"
 NOT_NEGATIVE = "seed checkpoint_every eval_episodes noop_max epsilon_decay_steps learning_starts"
 
 
@@ -166,6 +166,7 @@ IDLE_FLAGS = [
     ("importance_weight", 2.0, {}, "importance"),
     ("importance_weight", 2.0, {"layer": "top1moe", "load_balancing": "load"}, "importance"),
     ("load_weight", 2.0, {"layer": "top1moe", "load_balancing": "importance"}, "load"),
+    ("replay_shard_size", 1000, {}, "--save-replay"),
 ]
 
 
@@ -735,6 +736,11 @@ def iterations(args: Args) -> list[int]:
     return [int(row["global_step"]) for row in read_csv(only_run(Path(args.runs_dir)) / "metrics.csv")]
 
 
+def logged_shards(args: Args) -> int:
+    main(args)
+    return len(list(Path().glob("runs/*/replay/PixelCatch/1/replay_logs/add_count_ckpt.*.gz")))
+
+
 def evaluated_episodes(args: Args) -> int:
     main(args)
     result = only_run(Path(args.runs_dir)) / "eval.json"
@@ -792,6 +798,8 @@ CHANGES = {
     "n_step": Change(3, lambda args: record(args).replay.n_step, 1, 3),
     "replay_ratio": Change(0.5, lambda args: record(args).updates, 10, 20),
     "replay_device": Change("cpu", where_the_replay_goes, "cuda", "cpu"),
+    "save_replay": Change(True, logged_shards, 0, 1),
+    "replay_shard_size": Change(30, logged_shards, 1, 4, {"save_replay": True}),  # 4 lanes of 3 + 16 + 1 rows
     # Optimisation
     "learning_rate": Change(1e-3, lambda args: record(args).adam["lr"], 6.25e-5, 1e-3),
     "adam_eps": Change(1e-8, lambda args: record(args).adam["eps"], 1.5e-4, 1e-8),
