@@ -8,6 +8,7 @@ import pytest
 from conftest import AGENTS, ROOT
 
 README = (ROOT / "README.md").read_text()
+OFFLINE = ("cql_softmoe", "dqn_softmoe")
 
 
 def show(default):
@@ -34,8 +35,17 @@ def flag_rows():
         yield f"| `--{name.replace('_', '-')}` | {' | '.join(cells)} | {texts[name]} |"
 
 
+def offline_rows():
+    """The table of `cql_softmoe.py`: what it has not in common with DQN."""
+    cql, dqn = ({f.name: show(f.default) for f in fields(importlib.import_module(n).Args)} for n in OFFLINE)
+    texts, dqn_texts = map(helps, OFFLINE)
+    for name, default in cql.items():
+        if (default, texts[name]) != (dqn.get(name), dqn_texts.get(name)):
+            yield f"| `--{name.replace('_', '-')}` | {default} | {texts[name]} |"
+
+
 def test_the_readme_lists_every_flag_with_its_defaults_and_help():
-    for row in flag_rows():
+    for row in [*flag_rows(), *offline_rows()]:
         assert row in README, row
 
 
@@ -46,7 +56,9 @@ def test_a_flag_has_the_same_help_in_every_script():
             assert all(other.get(name, text) == text for other in every), name
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.py" for name in AGENTS), "moe_layers.py", "scripts/benchmark.py"])
+@pytest.mark.parametrize(
+    "name", [*(f"{name}.py" for name in [*AGENTS, "cql_softmoe"]), "moe_layers.py", "scripts/benchmark.py"]
+)
 def test_the_readme_counts_lines_to_the_nearest_ten(name):
     lines = len((ROOT / name).read_text().splitlines())
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))

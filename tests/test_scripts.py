@@ -28,6 +28,16 @@ ITS_OWN = {
     },
     ("rainbow_softmoe.py", "der_softmoe.py"): {"Args", "td_loss", "describe", "augment"},
 }
+# What the offline script has word for word as Rainbow has it.
+OFFLINE_SHARES = """
+STACK_SIZE Step Environments Environments.__init__ Environments.reset Environments.send Environments.recv
+Environments.close num_cores make_envs reset_seed FrameStack FrameStack.push conv same_padding NatureEncoder
+NatureEncoder.__init__ NatureEncoder.forward ImpalaStack ImpalaStack.__init__ ImpalaStack.forward ImpalaEncoder
+ImpalaEncoder.__init__ ImpalaEncoder.forward QNetwork.tokens QNetwork.features QNetwork.forward make_networks
+available_memory load_balancing_loss project_distribution select_actions CudaGraph CudaGraph.__init__
+CudaGraph.__call__ bar_style to_floats write_json write_synced last_checkpoint load_args parse_args save_args StopSignal
+StopSignal.__enter__ StopSignal.receive StopSignal.__exit__ fail flag check_types game_name
+""".split()
 MOST_CHANGED_LINES = {("dqn_softmoe.py", "rainbow_softmoe.py"): 200, ("rainbow_softmoe.py", "der_softmoe.py"): 70}
 
 
@@ -82,4 +92,9 @@ def test_the_sections_have_the_same_headings():
         [line for line in (ROOT / script).read_text().splitlines() if line.startswith("# ------")]
         for script in ("dqn_softmoe.py", "rainbow_softmoe.py", "der_softmoe.py")
     ]
-    assert headings[0] == headings[1] == headings[2] and len(headings[0]) == 5
+    assert headings[0] == headings[1] == headings[2] and len(headings[0]) == 6
+
+
+def test_the_offline_script_has_the_same_environments_networks_and_running():
+    rainbow, cql = definitions("rainbow_softmoe.py"), definitions("cql_softmoe.py")
+    assert [name for name in OFFLINE_SHARES if rainbow[name] != cql[name]] == []

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Log a short run of Breakout, then train CQL+C51 with a Soft MoE on it: the whole offline path in one command.
+#
+#     scripts/offline_quickstart.sh [folder]
+#
+# Sized for two CPU cores and a quarter of an hour; the agent learns nothing worth reporting from so little data.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-runs/offline_quickstart}
+game=BreakoutNoFrameskip-v4
+
+python dqn_softmoe.py --env-id "$game" --layer dense --encoder nature --total-timesteps 24000 --eval-episodes 0 \
+    --buffer-size 50000 --save-replay --runs-dir "$folder" --run-name logged
+python cql_softmoe.py --env-id "$game" --dataset-dir "$folder/logged" --encoder nature --total-updates 1000 \
+    --iteration-updates 500 --eval-steps 2000 --runs-dir "$folder" --run-name offline
+cat "$folder/offline/metrics.csv"
