@@ -11,6 +11,6 @@ game=BreakoutNoFrameskip-v4
 
 python dqn_softmoe.py --env-id "$game" --layer dense --encoder nature --total-timesteps 24000 --eval-episodes 0 \
     --buffer-size 50000 --save-replay --runs-dir "$folder" --run-name logged
-python cql_softmoe.py --env-id "$game" --dataset-dir "$folder/logged" --encoder nature --total-updates 1000 \
-    --iteration-updates 500 --eval-steps 2000 --runs-dir "$folder" --run-name offline
+python cql_softmoe.py --env-id "$game" --dataset-dir "$folder/logged" --encoder nature --total-updates 600 \
+    --iteration-updates 300 --eval-steps 2000 --runs-dir "$folder" --run-name offline
 cat "$folder/offline/metrics.csv"
