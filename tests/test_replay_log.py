@@ -85,6 +85,20 @@ def test_what_is_read_is_what_the_live_replay_holds(tmp_path, n_step, lanes, sha
     assert transitions(data.gather(data.starts)) == transitions(expected)
 
 
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_share_of_the_rows_has_the_same_transitions_as_the_whole(tmp_path, n_step):
+    """Wherever a shard is cut, between a cut episode's last step and the frame after it too."""
+    write(tmp_path, random_rows(np.random.default_rng(4), 120, 1), 1, 10**6)
+    arrays, (count,) = arrays_of(tmp_path, 1)
+    whole = OfflineReplay(arrays, [count], n_step=n_step, gamma=0.99, device="cpu")
+    assert (arrays["episode_end"] == 2).any()
+    for rows in range(10, count):
+        share = {name: array[:rows] for name, array in arrays.items()}
+        data = OfflineReplay(share, [rows], n_step=n_step, gamma=0.99, device="cpu")
+        assert transitions(data.gather(data.starts)) == transitions(whole.gather(data.starts)), rows
+        assert set(whole.starts[whole.starts < rows - n_step].tolist()) <= set(data.starts.tolist())
+
+
 def test_layout(tmp_path):
     rng = np.random.default_rng(0)
     log = write(tmp_path, random_rows(rng, 300, 2), 2, 100)
