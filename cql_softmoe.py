@@ -15,6 +15,7 @@ Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 
 import csv
 import gzip
+import hashlib
 import importlib
 import json
 import math
@@ -631,38 +632,44 @@ def unpack(shards: list[Shard], name: str, target: np.ndarray, whole: bool, bar:
 
 
 def unpack_dataset(folder: Path, shards: list[Shard], args: Args, frame_shape: tuple[int, int]) -> dict:
-    """Arrays over all rows of all shards, memory-mapped; unpacked once, into a cache that knows its sources."""
+    """Arrays over all rows of all shards, memory-mapped; unpacked once, into a cache named after its sources."""
     names = [name for name in (*STORED, "episode_end") if all(name in shard.files for shard in shards)]
     sources = {
         f"{name} {shard.suffix}": [shard.rows, shard.files[name].stat().st_size, shard.files[name].stat().st_mtime_ns]
         for shard in shards
         for name in names
     }
-    rows = sum(shard.rows for shard in shards)
-    cache = Path(args.cache_dir or folder.parent / "replay_cache")
-    cache = cache / f"{folder.parent.parent.name}-{folder.parent.name}-{len(shards)}-shards-{args.data_fraction:g}"
-    if not (cache / "sources.json").exists() or json.loads((cache / "sources.json").read_text()) != sources:
+    root = Path(args.cache_dir or folder.parent / "replay_cache")
+    key = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:12]
+    cache = root / f"{folder.parent.parent.name}-{folder.parent.name}-{key}"
+    if not cache.exists():
+        rows = sum(shard.rows for shard in shards)
         shapes = {name: (rows, *frame_shape) if name == "observation" else (rows,) for name in names}
         need = sum(math.prod(shapes[name]) * np.dtype(STORED.get(name, "uint8")).itemsize for name in names)
+        temporary = root / f"{cache.name}.{os.getpid()}.tmp"  # several runs may start at once
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(cache).free
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(root).free
             if need > free:
-                fail(f"the unpacked data takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in {cache}")
+                fail(f"the unpacked data takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in {root}")
             print(f"unpacking {rows:,} rows, {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free, into {cache}", flush=True)
-            (cache / "sources.json").unlink(missing_ok=True)
-            units = {"unit": "B", "unit_scale": True}
-            with tqdm(total=need, desc="unpacking", **units, **bar_style()) as bar:
+            with tqdm(total=need, desc="unpacking", unit="B", unit_scale=True, **bar_style()) as bar:
                 for name in names:
                     array = np.lib.format.open_memmap(
-                        cache / f"{name}.npy", mode="w+", dtype=STORED.get(name, "uint8"), shape=shapes[name]
+                        temporary / f"{name}.npy", mode="w+", dtype=STORED.get(name, "uint8"), shape=shapes[name]
                     )
                     unpack(shards, name, array, args.data_fraction == 1, bar)
                     array.flush()
-            write_json(cache / "sources.json", sources)
+            if not cache.exists():  # another run was not faster
+                temporary.rename(cache)
         except Exception as error:
-            fail(f"cannot unpack {folder} into {cache}: {type(error).__name__}: {error}")
-    return {name: np.load(cache / f"{name}.npy", mmap_mode="c") for name in names}
+            fail(f"cannot unpack {folder} into {root} (--cache-dir): {type(error).__name__}: {error}")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        return {name: np.load(cache / f"{name}.npy", mmap_mode="c") for name in names}
+    except Exception as error:
+        fail(f"{cache} is damaged, delete it: {type(error).__name__}: {error}")
 
 
 def available_memory(device: torch.device) -> int:

@@ -566,8 +566,11 @@ class ReplayBuffer:
             raise ValueError(f"{self.rows} rows per environment cannot hold a stack of {stack_size} and {n_step} steps")
         shape = (self.rows, num_envs)
         # One frame more than rows: the last one stays black, for the frames before an episode's start.
-        pixels = math.prod(frame_shape)
-        self.frames = torch.zeros(self.rows * num_envs + 1, pixels, dtype=torch.uint8, device=device)
+        frames = (self.rows * num_envs + 1, math.prod(frame_shape))
+        if self.device.type == "cpu":  # NumPy's zeros take memory only once they are written to, torch's at once
+            self.frames = torch.from_numpy(np.zeros(frames, dtype=np.uint8))
+        else:
+            self.frames = torch.zeros(frames, dtype=torch.uint8, device=device)
         self.action = torch.zeros(shape, dtype=torch.int64, device=device)
         self.reward = torch.zeros(shape, device=device)
         self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)

@@ -8,6 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-runs/offline_quickstart}
 game=BreakoutNoFrameskip-v4
+if [ -e "$folder" ]; then
+    echo "error: $folder exists, name another folder" >&2
+    exit 2
+fi
 
 python dqn_softmoe.py --env-id "$game" --layer dense --encoder nature --total-timesteps 24000 --eval-episodes 0 \
     --buffer-size 50000 --save-replay --runs-dir "$folder" --run-name logged

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import only_run, quick, read_csv
 
+import cql_softmoe
 import dqn_softmoe
 import rainbow_softmoe
 from cql_softmoe import Args, Batch, OfflineReplay, QNetwork, RunLog, main, make_envs, open_dataset, td_loss
@@ -113,16 +114,45 @@ def test_draws_are_uniform(tmp_path, logs):
     assert ((counts[counts > 0] - expected) ** 2 / expected).sum() < 2 * len(data)
 
 
-def test_the_cache_is_made_once_and_again_when_its_source_changes(tmp_path, logs, capsys):
+def test_the_cache_is_made_once_and_another_one_when_its_source_changes(tmp_path, logs, capsys):
+    """A changed source leaves the old cache alone: another run may have it mapped into memory."""
     published(logs, 0, np.random.default_rng(0))
     before = {path: path.read_bytes() for path in logs.iterdir()}
     args = small(tmp_path, cache_dir=str(tmp_path / "cache"))
-    first = opened(args).frames.clone()
+    data = opened(args)
+    first = data.frames.clone()
     assert "unpacking 59 rows" in capsys.readouterr().out
     assert torch.equal(opened(args).frames, first) and capsys.readouterr().out == ""
     assert {path: path.read_bytes() for path in logs.iterdir()} == before
     published(logs, 0, np.random.default_rng(5))
     assert not torch.equal(opened(args).frames, first)
+    assert torch.equal(data.frames, first)
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half done
+
+
+def test_logs_of_one_name_share_a_cache_folder(tmp_path):
+    folders = [tmp_path / name / "PixelCatch" / "1" / "replay_logs" for name in "ab"]
+    shards = [published(folder, 0, np.random.default_rng(seed)) for seed, folder in enumerate(folders)]
+    for folder, shard in [*zip(folders, shards, strict=True)] * 2:
+        data = opened(small(tmp_path, dataset_dir=str(folder), cache_dir=str(tmp_path / "cache")))
+        np.testing.assert_array_equal(data.frames.numpy(), shard["observation"][:59].reshape(59, -1))
+
+
+def test_another_run_was_faster_to_unpack(tmp_path, logs, monkeypatch):
+    published(logs, 0, np.random.default_rng(0))
+    args, names = small(tmp_path), []
+    unpack = cql_softmoe.unpack
+
+    def slow(shards, name, *rest):
+        if not names:  # meanwhile the other one does all of it
+            names.append(name)
+            opened(args)
+        unpack(shards, name, *rest)
+
+    monkeypatch.setattr(cql_softmoe, "unpack", slow)
+    monkeypatch.setattr(cql_softmoe.os, "getpid", lambda: 1 + len(names))
+    assert torch.equal(opened(args).frames, opened(args).frames)
+    assert len(list((logs.parent / "replay_cache").iterdir())) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- damaged data
@@ -218,6 +248,36 @@ def test_no_disk_space_for_the_cache(refused, logs, monkeypatch):
     usage = shutil.disk_usage(logs)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(["0.00 GB", "free"])
+
+
+def test_damaged_cache(refused, tmp_path, logs):
+    published(logs, 0, np.random.default_rng(0))
+    opened(small(tmp_path))
+    (path,) = (logs.parent / "replay_cache").glob("*/observation.npy")
+    path.write_bytes(path.read_bytes()[:500])
+    refused([str(path.parent), "delete it"])
+
+
+BAD_ARGUMENTS = {
+    "max shards": ({"max_shards": 0}, ["--max-shards"]),
+    "no data": ({"data_fraction": 0.0}, ["--data-fraction", "0.0"]),
+    "more than all data": ({"data_fraction": 1.1}, ["--data-fraction", "1.1"]),
+    "not a number": ({"data_fraction": float("nan")}, ["--data-fraction"]),
+    "negative alpha": ({"cql_alpha": -0.1}, ["--cql-alpha"]),
+    "infinite alpha": ({"cql_alpha": float("inf")}, ["--cql-alpha"]),
+    "no updates": ({"total_updates": 0}, ["--total-updates"]),
+    "no steps": ({"n_step": 0}, ["--n-step"]),
+    "one atom": ({"num_atoms": 1}, ["--num-atoms"]),
+    "atoms without a use": ({"distributional": False, "num_atoms": 11}, ["--num-atoms", "--distributional"]),
+    "double without a use": ({"distributional": False, "double": False}, ["--double", "--distributional"]),
+    "tokens of a dense layer": ({"layer": "dense", "num_experts": 1, "tokenization": "PerFeat"}, ["--tokenization"]),
+}
+
+
+@pytest.mark.parametrize("overrides, words", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(refused, logs, overrides, words):
+    published(logs, 0, np.random.default_rng(0))
+    refused(words, **overrides)
 
 
 def fuzzed(content: bytes):
