@@ -1076,7 +1076,7 @@ def load_checkpoint(run_dir: Path, parts: dict, device: torch.device) -> dict:
         torch.set_rng_state(state["random"]["cpu"])
         if device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"])
-        return {name: state[name] for name in ("update", "evaluated", "values", "log")}
+        return {name: state[name] for name in ("update", "evaluated", "values", "log", "transitions")}
     except Exception as error:  # a damaged file can raise nearly anything
         fail(f"--resume: {path} is damaged or not a checkpoint of this run: {type(error).__name__}: {error}")
 
@@ -1224,9 +1224,11 @@ def main(args: Args) -> None:
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    state = {"update": 0, "evaluated": 0, "values": {}, "log": None}
+    state = {"update": 0, "evaluated": 0, "values": {}, "log": None, "transitions": len(data)}
     if args.resume is not None:
         state = load_checkpoint(Path(args.resume), parts, device)
+    if len(data) != state["transitions"]:
+        fail(f"--resume {args.resume}: {state['transitions']:,} transitions were in the data, now {len(data):,} are")
     run_dir = open_run_dir(args) if args.resume is None else Path(args.resume)
     done = saved_update = state["update"]
     evaluated, values = state["evaluated"], state["values"]
@@ -1253,6 +1255,7 @@ def main(args: Args) -> None:
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
         state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
         state |= {"update": done, "evaluated": evaluated, "values": values, "log": log.state()}
+        state["transitions"] = len(data)
         return save_checkpoint(run_dir, done, state)
 
     saved = True

@@ -412,6 +412,17 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, random_play, 
     assert list(rows[0]) == columns.split() and (run_dirs[1] / "weights.pt").exists()
 
 
+def test_a_run_is_not_resumed_on_other_data(tmp_path, logs, capsys):
+    published(logs, 0, np.random.default_rng(0))
+    args = small(tmp_path, total_updates=20)
+    main(args)
+    published(logs, 1, np.random.default_rng(1))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(replace(args, resume=str(only_run(tmp_path / "runs")), total_updates=40))
+    assert stop.value.code == 2 and "transitions were in the data" in capsys.readouterr().err
+
+
 NARROW = {"n_step": 1, "gamma": 0.9, "learning_rate": 1e-3, "expert_hidden_dim": 64, "num_experts": 4}
 NARROW |= {"layer": "dense", "target_network_frequency": 100, "total_updates": 3_000, "iteration_updates": 3_000}
 NARROW |= {"eval_steps": 400, "distributional": False}
