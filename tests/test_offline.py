@@ -423,6 +423,21 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, logs, capsys):
     assert stop.value.code == 2 and "transitions were in the data" in capsys.readouterr().err
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("distributional", [True, False])
+@pytest.mark.parametrize("compile, cuda_graphs", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("replay_device", ["auto", "cpu"])
+def test_trains_and_resumes_on_a_gpu(tmp_path, random_play, distributional, compile, cuda_graphs, replay_device):
+    switches = {"cuda": True, "compile": compile, "cuda_graphs": cuda_graphs, "replay_device": replay_device}
+    args = small(tmp_path, dataset_dir=str(random_play), distributional=distributional, **switches)
+    main(args)
+    run_dir = only_run(tmp_path / "runs")
+    main(replace(args, resume=str(run_dir), total_updates=60, cuda=False))  # and on another device
+    rows = read_csv(run_dir / "metrics.csv")
+    assert [row["updates"] for row in rows] == ["20", "40", "60"]
+    assert all(np.isfinite(float(row["td_loss"])) for row in rows)
+
+
 NARROW = {"n_step": 1, "gamma": 0.9, "learning_rate": 1e-3, "expert_hidden_dim": 64, "num_experts": 4}
 NARROW |= {"layer": "dense", "target_network_frequency": 100, "total_updates": 3_000, "iteration_updates": 3_000}
 NARROW |= {"eval_steps": 400, "distributional": False}
