@@ -667,9 +667,10 @@ def unpack_dataset(folder: Path, shards: list[Shard], args: Args, frame_shape: t
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     try:
-        return {name: np.load(cache / f"{name}.npy", mmap_mode="c") for name in names}
+        # Read-only: Linux refuses a writable private map that is larger than its memory.
+        return {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in names}
     except Exception as error:
-        fail(f"{cache} is damaged, delete it: {type(error).__name__}: {error}")
+        fail(f"cannot read {cache}, if it is damaged delete it: {type(error).__name__}: {error}")
 
 
 def available_memory(device: torch.device) -> int:
@@ -722,6 +723,7 @@ class OfflineReplay:
             raise ValueError("no transition of the data has its whole stack and n-step window")
 
         def tensor(array) -> Tensor:
+            warnings.filterwarnings("ignore", ".*not writable.*")  # nothing writes to data that is mapped
             return torch.from_numpy(np.ascontiguousarray(array) if array.ndim == 1 else array).to(self.device)
 
         self.frames = tensor(arrays["observation"].reshape(len(step), -1))  # on the disk, if on the host

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Log a short run of Breakout, then train CQL+C51 with a Soft MoE on it: the whole offline path in one command.
+# Log a short run of Pong, then train CQL+C51 with a Soft MoE on it: the whole offline path in one command.
 #
 #     scripts/offline_quickstart.sh [folder]
 #
@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-runs/offline_quickstart}
-game=BreakoutNoFrameskip-v4
+game=PongNoFrameskip-v4  # it starts without FIRE: an untrained agent ends its evaluation games
 if [ -e "$folder" ]; then
     echo "error: $folder exists, name another folder" >&2
     exit 2

@@ -130,6 +130,14 @@ def test_the_cache_is_made_once_and_another_one_when_its_source_changes(tmp_path
     assert len(list((tmp_path / "cache").iterdir())) == 2  # and nothing half done
 
 
+def test_data_is_mapped_read_only(tmp_path, logs):
+    """Linux refuses a writable private map of more than its memory, and the data may be that large."""
+    published(logs, 0, np.random.default_rng(0))
+    args = small(tmp_path)
+    arrays = cql_softmoe.unpack_dataset(logs, cql_softmoe.find_shards(logs, args, FRAME), args, FRAME)
+    assert [name for name, array in arrays.items() if array.flags.writeable or not isinstance(array, np.memmap)] == []
+
+
 def test_logs_of_one_name_share_a_cache_folder(tmp_path):
     folders = [tmp_path / name / "PixelCatch" / "1" / "replay_logs" for name in "ab"]
     shards = [published(folder, 0, np.random.default_rng(seed)) for seed, folder in enumerate(folders)]
