@@ -646,7 +646,7 @@ def unpack_dataset(folder: Path, shards: list[Shard], args: Args, frame_shape: t
         rows = sum(shard.rows for shard in shards)
         shapes = {name: (rows, *frame_shape) if name == "observation" else (rows,) for name in names}
         need = sum(math.prod(shapes[name]) * np.dtype(STORED.get(name, "uint8")).itemsize for name in names)
-        temporary = root / f"{cache.name}.{os.getpid()}.tmp"  # several runs may start at once
+        temporary = root / f"{cache.name}.{time.time_ns()}.tmp"  # several runs may start at once
         try:
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(root).free
