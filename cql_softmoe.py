@@ -3,10 +3,10 @@
     python dqn_softmoe.py --env-id BreakoutNoFrameskip-v4 --save-replay       # logs its transitions
     python cql_softmoe.py --env-id BreakoutNoFrameskip-v4 --dataset-dir runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1
 
-Reproduces the offline agents of "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML
-2024, arXiv 2402.08609): C51 or DQN with the regulariser of CQL (Kumar et al., 2020), its dense layer replaced by a Soft
-MoE over the tokens of the encoder's feature map. Reads what the other scripts log with --save-replay and the DQN Replay
-Dataset (Agarwal et al., 2020). Needs `moe_layers.py` beside it and nothing else of this repository.
+Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+C51 or DQN with the regulariser of CQL (Kumar et al., 2020), its dense layer replaced by a Soft MoE over the tokens of
+the encoder's feature map. Reads logs of the other scripts (--save-replay) and the DQN Replay Dataset (Agarwal, 2020).
+Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 - An episode that was cut bootstraps from its last frame, where the data says so.

@@ -2,10 +2,10 @@
 
     python der_softmoe.py --num-experts 4 --env-id BreakoutNoFrameskip-v4
 
-Reproduces the DER of "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML 2024,
-arXiv 2402.08609): Rainbow (`rainbow_softmoe.py`) with the settings of van Hasselt et al. (2019) for 100,000 agent
-steps, then 100 evaluation episodes; `--augment` makes it DrQ's. The paper's low-data figures (12, 16) use
-`--encoder impala --num-experts 8`. Needs `moe_layers.py` beside it and nothing else of this repository.
+Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+Rainbow (`rainbow_softmoe.py`) with the settings of van Hasselt et al. (2019): 100,000 agent steps, then 100 evaluation
+episodes. `--augment` makes it DrQ's; the paper's low-data figures (12, 16) use `--encoder impala --num-experts 8`.
+Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 - The one update per agent step runs while the environment emulates, so it does not see the newest transition.

@@ -2,9 +2,9 @@
 
     python dqn_softmoe.py --num-experts 8 --env-id BreakoutNoFrameskip-v4
 
-Reproduces the DQN of "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML 2024,
-arXiv 2402.08609): the dense layer before the head of a DQN becomes a Soft MoE over the tokens of the encoder's feature
-map. Needs `moe_layers.py` beside it and nothing else of this repository. The file reads from top to bottom.
+Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+The dense layer before the head of a DQN becomes a Soft MoE over the tokens of the encoder's feature map.
+Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 - Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not

@@ -2,10 +2,10 @@
 
     python rainbow_softmoe.py --num-experts 4 --env-id BreakoutNoFrameskip-v4
 
-Reproduces the Rainbow of "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., ICML 2024,
-arXiv 2402.08609): C51 with dueling heads, double selection, noisy layers, n-step returns and prioritised replay, its
-dense layer replaced by a Soft MoE over the tokens of the encoder's feature map. `dqn_softmoe.py` and what Rainbow adds:
-`diff dqn_softmoe.py rainbow_softmoe.py`. Needs `moe_layers.py` beside it and nothing else of this repository.
+Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+C51 with dueling heads, double selection, noisy layers, n-step returns and prioritised replay, its dense layer replaced
+by a Soft MoE over the tokens of the encoder's feature map; see `diff dqn_softmoe.py rainbow_softmoe.py`.
+Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
 - Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not
