@@ -5,7 +5,7 @@
 
 Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 C51 or DQN with the regulariser of CQL (Kumar et al., 2020), its dense layer replaced by a Soft MoE over the tokens of
-the encoder's feature map. Reads logs of the other scripts (--save-replay) and the DQN Replay Dataset (Agarwal, 2020).
+the encoder's feature map. Reads logs of the other scripts and the DQN Replay Dataset (Agarwal et al., 2020).
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
@@ -608,7 +608,7 @@ def find_shards(folder: Path, args: Args, frame_shape: tuple[int, int]) -> list[
     return shards[: args.max_shards]
 
 
-def unpack(shards: list[Shard], name: str, target: np.ndarray, whole: bool, bar: tqdm) -> None:
+def unpack(shards: list[Shard], name: str, target: np.ndarray, whole: bool, bar: tqdm, stop: "StopSignal") -> None:
     """Write an array of all shards, one after the other, into `target`. Raises what a damaged file raises."""
     start = 0
     for shard in shards:
@@ -624,6 +624,8 @@ def unpack(shards: list[Shard], name: str, target: np.ndarray, whole: bool, bar:
                     raise EOFError(f"{shard.files[name].name} ends too early")
                 part[:] = np.frombuffer(content, part.dtype).reshape(part.shape)
                 bar.update(part.nbytes)
+                if stop.received:
+                    raise InterruptedError("stopped by a signal")
             while whole and (content := file.read(CHUNK)):  # to its end, where gzip keeps the checksum
                 left -= len(content)
             if whole and left != 0:
@@ -653,12 +655,13 @@ def unpack_dataset(folder: Path, shards: list[Shard], args: Args, frame_shape: t
             if need > free:
                 fail(f"the unpacked data takes {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free in {root}")
             print(f"unpacking {rows:,} rows, {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free, into {cache}", flush=True)
-            with tqdm(total=need, desc="unpacking", unit="B", unit_scale=True, **bar_style()) as bar:
+            bar = tqdm(total=need, desc="unpacking", unit="B", unit_scale=True, **bar_style())
+            with bar, StopSignal() as stop:
                 for name in names:
                     array = np.lib.format.open_memmap(
                         temporary / f"{name}.npy", mode="w+", dtype=STORED.get(name, "uint8"), shape=shapes[name]
                     )
-                    unpack(shards, name, array, args.data_fraction == 1, bar)
+                    unpack(shards, name, array, args.data_fraction == 1, bar, stop)
                     array.flush()
             if not cache.exists():  # another run was not faster
                 temporary.rename(cache)

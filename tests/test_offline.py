@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +184,16 @@ def refused(tmp_path, logs, capsys):
             assert {path: path.read_bytes() for path in logs.iterdir()} == before
 
     return call
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_unpacks_leaves_nothing_half_done(refused, logs, monkeypatch, number):
+    published(logs, 0, np.random.default_rng(0))
+    unpack = cql_softmoe.unpack
+    monkeypatch.setattr(cql_softmoe, "unpack", lambda *args: (os.kill(os.getpid(), number), unpack(*args)))
+    refused(["unpack", "stopped by a signal"])
+    assert list((logs.parent / "replay_cache").iterdir()) == []
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_no_data(refused, tmp_path):
