@@ -222,13 +222,16 @@ def check_args(args: Args) -> None:
     for name in "seed checkpoint_every eval_episodes noop_max epsilon_decay_steps learning_starts".split():
         if not 0 <= getattr(args, name) < 2**63:
             fail(f"{flag(name)} must be a number from 0 to 2^63 - 1, not {getattr(args, name)}")
+    if args.noop_max > 1_000:
+        fail(f"--noop-max must be at most 1000, not {args.noop_max}")
     for name in "sticky_actions end_epsilon eval_epsilon gamma".split():
         if not 0 <= getattr(args, name) <= 1:
             fail(f"{flag(name)} must lie in [0, 1], not {getattr(args, name)}")
     for name in "capacity_factor learning_rate adam_eps importance_weight load_weight".split():
         if not 0 < getattr(args, name) < math.inf:
             fail(f"{flag(name)} must be above 0, not {getattr(args, name)}")
-    if not (args.num_atoms > 1 and args.v_max - args.v_min > 1e-6 * max(1, abs(args.v_min), abs(args.v_max)) < 1e30):
+    largest = max(1, abs(args.v_min), abs(args.v_max))
+    if not (1 < args.num_atoms <= 1_000 and args.v_max - args.v_min > 1e-6 * largest < 1e30):
         fail(f"no {args.num_atoms} atoms from {args.v_min:g} to {args.v_max:g}: --num-atoms, --v-min, --v-max")
     balancing = args.load_balancing.split("+")
     for name, works, needs in (
@@ -261,6 +264,7 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------- environments
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
+MAX_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
 
 
 class Step(NamedTuple):
@@ -288,7 +292,7 @@ class Environments:
     def reset(self, seed: int) -> np.ndarray:
         """Start a new game everywhere; returns the first frames (N, H, W)."""
         obs, info = self.envs.reset(seed=seed)
-        self.lives = info.get("lives")
+        self.lives, self.steps = info.get("lives"), np.zeros(self.num_envs, dtype=int)
         return obs.reshape(self.num_envs, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
@@ -305,10 +309,13 @@ class Environments:
         over = truncated | terminated
         if self.life_loss:
             # ale-py reports a lost life as terminated, but only while lives are left, and some games go on without any
-            # (Bank Heist): the loss that leaves none counts too.
-            over = truncated | (terminated & (info["lives"] == 0))
-            terminated = terminated | (info["lives"] < self.lives)
-            self.lives = info["lives"].copy()
+            # (Bank Heist): the loss that leaves none counts too. Others end with a life left (Adventure). And ale-py
+            # does not report that the frame limit cut the game where a life was lost in that very step.
+            lost = info["lives"] < self.lives
+            self.steps += 1
+            over = truncated | (terminated & ~(lost & (info["lives"] > 0))) | (self.steps == MAX_STEPS)
+            terminated = terminated | lost
+            self.lives, self.steps = info["lives"].copy(), np.where(over, -1, self.steps)
         return Step(obs.reshape(self.num_envs, *self.frame_shape), reward, terminated, truncated, over)
 
     def close(self) -> None:
@@ -338,7 +345,8 @@ def make_envs(args: Args, num_envs: int) -> Environments:
             num_threads=max(1, min(num_envs, num_cores() - 1)),
             repeat_action_probability=args.sticky_actions,
             life_loss_info=args.terminal_on_life_loss,
-            noop_max=args.noop_max,
+            noop_max=args.noop_max + 1,  # ale-py draws fewer than that
+            max_num_frames_per_episode=4 * MAX_STEPS,
             stack_num=1,
             use_fire_reset=False,
             reward_clipping=False,
@@ -518,7 +526,7 @@ def make_networks(args: Args, envs: Environments, device: torch.device) -> tuple
     obs_shape = (STACK_SIZE, *envs.frame_shape)
     try:
         q_network, target_network = (QNetwork(args, obs_shape, envs.num_actions) for _ in range(2))
-    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: not enough memory
         fail(f"no such network for frames of {envs.frame_shape}: {error}")
     target_network.load_state_dict(q_network.state_dict())
     return q_network.to(device), target_network.to(device)
@@ -710,10 +718,14 @@ class ReplayBuffer:
 BLOCK_SIZE = 512  # priorities that are summed together: about the square root of 1M is fastest
 
 
-def first_above(ends: Tensor, mass: Tensor) -> Tensor:
-    """Index of the first of the rising `ends` (..., n) above `mass` (..., k): never one that adds nothing to them."""
-    below = ends[..., -1:] * (1 - 2**-52)  # rounding may have put mass at the end, or below 0
-    return torch.searchsorted(ends, mass.clamp_min(0).minimum(below), right=True)
+def first_above(shares: Tensor, ends: Tensor, mass: Tensor) -> Tensor:
+    """Index (B,) of the first positive of the `shares` (1 or B, n) whose cumulative sum, `ends`, is above `mass` (B,).
+
+    Exact where rounding put the mass below 0 or at the end, and where a GPU's parallel sums do not quite rise.
+    """
+    ends = torch.where(shares > 0, ends, 0)
+    below = ends.amax(dim=1) * (1 - 2**-52)
+    return (ends > mass.clamp_min(0).minimum(below)[:, None]).byte().argmax(dim=1)
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -757,10 +769,10 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         draw = torch.arange(batch_size, device=self.device)
         draw = draw + torch.rand(batch_size, dtype=torch.float64, device=self.device)
         mass = draw * (ends[-1] / batch_size)  # (B,)
-        block = first_above(ends, mass)
+        block = first_above(self.block_sums[None], ends[None], mass)
         mass = mass - (ends - self.block_sums)[block]
-        ends = self.priorities.index_select(0, block).cumsum(dim=1)  # (B, BLOCK_SIZE)
-        index = block * BLOCK_SIZE + first_above(ends, mass[:, None])[:, 0]
+        shares = self.priorities.index_select(0, block)  # (B, BLOCK_SIZE)
+        index = block * BLOCK_SIZE + first_above(shares, shares.cumsum(dim=1), mass)
         priorities = self.priorities.view(-1)[index]
         weights = (priorities.min() / priorities).sqrt().float()
         return self._gather(index // self.num_envs, index % self.num_envs)._replace(importance_weights=weights)

@@ -205,6 +205,8 @@ def check_args(args: Args) -> None:
     for name in "seed checkpoint_every eval_episodes noop_max epsilon_decay_steps learning_starts".split():
         if not 0 <= getattr(args, name) < 2**63:
             fail(f"{flag(name)} must be a number from 0 to 2^63 - 1, not {getattr(args, name)}")
+    if args.noop_max > 1_000:
+        fail(f"--noop-max must be at most 1000, not {args.noop_max}")
     for name in "sticky_actions end_epsilon eval_epsilon gamma".split():
         if not 0 <= getattr(args, name) <= 1:
             fail(f"{flag(name)} must lie in [0, 1], not {getattr(args, name)}")
@@ -240,6 +242,7 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------- environments
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
+MAX_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
 
 
 class Step(NamedTuple):
@@ -267,7 +270,7 @@ class Environments:
     def reset(self, seed: int) -> np.ndarray:
         """Start a new game everywhere; returns the first frames (N, H, W)."""
         obs, info = self.envs.reset(seed=seed)
-        self.lives = info.get("lives")
+        self.lives, self.steps = info.get("lives"), np.zeros(self.num_envs, dtype=int)
         return obs.reshape(self.num_envs, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
@@ -284,10 +287,13 @@ class Environments:
         over = truncated | terminated
         if self.life_loss:
             # ale-py reports a lost life as terminated, but only while lives are left, and some games go on without any
-            # (Bank Heist): the loss that leaves none counts too.
-            over = truncated | (terminated & (info["lives"] == 0))
-            terminated = terminated | (info["lives"] < self.lives)
-            self.lives = info["lives"].copy()
+            # (Bank Heist): the loss that leaves none counts too. Others end with a life left (Adventure). And ale-py
+            # does not report that the frame limit cut the game where a life was lost in that very step.
+            lost = info["lives"] < self.lives
+            self.steps += 1
+            over = truncated | (terminated & ~(lost & (info["lives"] > 0))) | (self.steps == MAX_STEPS)
+            terminated = terminated | lost
+            self.lives, self.steps = info["lives"].copy(), np.where(over, -1, self.steps)
         return Step(obs.reshape(self.num_envs, *self.frame_shape), reward, terminated, truncated, over)
 
     def close(self) -> None:
@@ -317,7 +323,8 @@ def make_envs(args: Args, num_envs: int) -> Environments:
             num_threads=max(1, min(num_envs, num_cores() - 1)),
             repeat_action_probability=args.sticky_actions,
             life_loss_info=args.terminal_on_life_loss,
-            noop_max=args.noop_max,
+            noop_max=args.noop_max + 1,  # ale-py draws fewer than that
+            max_num_frames_per_episode=4 * MAX_STEPS,
             stack_num=1,
             use_fire_reset=False,
             reward_clipping=False,
@@ -490,7 +497,7 @@ def make_networks(args: Args, envs: Environments, device: torch.device) -> tuple
     obs_shape = (STACK_SIZE, *envs.frame_shape)
     try:
         q_network, target_network = (QNetwork(args, obs_shape, envs.num_actions) for _ in range(2))
-    except (ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: not enough memory
         fail(f"no such network for frames of {envs.frame_shape}: {error}")
     target_network.load_state_dict(q_network.state_dict())
     return q_network.to(device), target_network.to(device)

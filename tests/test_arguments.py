@@ -150,8 +150,13 @@ def test_seed_that_no_generator_takes(refused_run):
 
 
 @pytest.mark.parametrize("name", ["expert_hidden_dim", "encoder_width"])
-def test_network_that_no_memory_holds(refused_run, name):
-    refused_run(["network"], **{name: 10**12})
+@pytest.mark.parametrize("size", [10**12, 10**20])
+def test_network_that_no_memory_holds(refused_run, name, size):
+    refused_run(["network"], **{name: size})
+
+
+def test_more_no_ops_than_a_game_can_bear(refused_run):
+    refused_run(["--noop-max", "1000"], noop_max=1001)
 
 
 IDLE_FLAGS = [
@@ -772,7 +777,7 @@ CHANGES = {
     # Environment
     "num_envs": Change(2, lambda args: len(record(args).epsilons), 16, 32, {"replay_ratio": 0.5}),
     "sticky_actions": Change(0.1, atari_setting("repeat_action_probability"), 0.25, 0.1),
-    "noop_max": Change(30, atari_setting("noop_max"), 0, 30),
+    "noop_max": Change(30, atari_setting("noop_max"), 1, 31),  # ale-py draws fewer than that
     "terminal_on_life_loss": Change(True, atari_setting("life_loss_info"), False, True),
     # Network: 4 tokens of 64, two experts of 2 slots each
     "layer": Change("dense", lambda args: type(network(args).moe).__name__, "SoftMoE", "DenseLayer"),

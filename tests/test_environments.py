@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dqn_softmoe import Args, FrameStack, make_envs, reset_seed
+from dqn_softmoe import Args, Environments, FrameStack, make_envs, reset_seed
 
 gym.register_envs(__import__("ale_py"))
 
@@ -76,6 +76,62 @@ def test_a_game_may_go_on_without_lives():
         if step.game_over[0]:
             assert lost == 5 * games
     assert games >= 2
+
+
+class Scripted:
+    """One game of which each step is given: what ale-py says of its end, and the lives left."""
+
+    num_envs, single_action_space = 1, gym.spaces.Discrete(2)
+    single_observation_space = gym.spaces.Box(0, 255, (1, 2, 2), np.uint8)
+
+    def __init__(self, steps):
+        self.steps = iter(steps)
+
+    def reset(self, seed):
+        return np.zeros((1, 1, 2, 2), np.uint8), {"lives": np.array([3])}
+
+    def step(self, action):
+        terminated, truncated, lives = next(self.steps)
+        ends = np.array([terminated]), np.array([truncated])
+        return np.zeros((1, 1, 2, 2), np.uint8), np.zeros(1), *ends, {"lives": np.array([lives])}
+
+
+PLAYED, LIMIT = (False, False, 3), 27_000
+ENDS = {  # steps as ale-py reports them -> terminated, truncated, game over after the last one
+    "nothing": ([PLAYED], (False, False, False)),
+    "a life lost": ([(True, False, 2)], (True, False, False)),
+    "the last life lost": ([(True, False, 2), (True, False, 1), (True, False, 0)], (True, False, True)),
+    "the last life lost, and it goes on": ([(False, False, 0)], (True, False, False)),
+    "over without lives": ([(False, False, 0), (True, False, 0)], (True, False, True)),
+    "over with the lives it always shows": ([(True, False, 3)], (True, False, True)),  # Adventure
+    "cut": ([PLAYED] * (LIMIT - 1) + [(False, True, 3)], (False, True, True)),
+    "cut as a life is lost": ([PLAYED] * (LIMIT - 1) + [(True, False, 2)], (True, False, True)),
+    "a life lost before the cut": ([PLAYED] * (LIMIT - 2) + [(True, False, 2)], (True, False, False)),
+    "the reset is no step of a game": (  # the next game's last but one
+        [(True, False, 3)] + [PLAYED] * (LIMIT - 1) + [(True, False, 2)],
+        (True, False, False),
+    ),
+    "cut in the second game": ([(True, False, 3)] + [PLAYED] * LIMIT + [(True, False, 2)], (True, False, True)),
+}
+
+
+@pytest.mark.parametrize("steps, expected", ENDS.values(), ids=ENDS)
+def test_ends_of_games_with_life_loss(steps, expected):
+    envs = Environments(Scripted(steps), "", life_loss=True)
+    envs.reset(0)
+    for _ in steps:
+        envs.send(np.zeros(1, dtype=int))
+        step = envs.recv()
+    assert (step.terminated[0], step.truncated[0], step.game_over[0]) == expected
+
+
+def test_no_ops_are_none_to_the_most():
+    def drawn(noop_max):
+        envs = make_envs(Args(noop_max=noop_max), 1).envs
+        return [int(envs.reset(seed=seed)[1]["episode_frame_number"][0]) for seed in range(40)]
+
+    (none,) = set(drawn(0))
+    assert {count - none for count in drawn(2)} == {0, 1, 2}
 
 
 def test_without_life_loss_only_game_over_terminates():

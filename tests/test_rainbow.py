@@ -5,6 +5,7 @@ written from the papers. What both scripts have is tested in both.
 """
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, quick
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import der_softmoe
 import rainbow_softmoe
-from moe_layers import NoisyLinear
+from moe_layers import NoisyLinear, SoftMoE, Top1MoE
 
 LOCAL_GOLDEN = Path(__file__).parent / "golden"
 MEAN_ABS_NORMAL = math.sqrt(2 / math.pi)  # E|N(0, 1)|: the variance of factorised noise f(N(0, 1))
@@ -163,11 +166,26 @@ def test_projection_of_atoms_beyond_an_end_is_that_end(script, v_min, v_max, num
     torch.testing.assert_close(far, ends, rtol=0, atol=1e-6)
 
 
-def test_projection_gives_the_same_bits_twice(script):
+class Operations(TorchDispatchMode):
+    """Names of the operations that run, and the size of the largest tensor that one makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        return result
+
+
+def test_projection_scatters_nothing(script):
+    """On a GPU, adding to places that repeat is not deterministic."""
     support, atoms = torch.linspace(-10, 10, 51), torch.randn(32, 51) * 8
-    probs = torch.randn(32, 51).softmax(dim=1)
-    first, second = (script.project_distribution(atoms, probs, support) for _ in range(2))
-    assert torch.equal(first, second)
+    with Operations() as operations:
+        script.project_distribution(atoms, torch.randn(32, 51).softmax(dim=1), support)
+    assert operations.names and not any(re.search("scatter|index|put|bincount|hist", x) for x in operations.names)
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -390,6 +408,21 @@ def test_every_noisy_layer_draws_for_every_sample_and_every_forward(script, sour
     torch.testing.assert_close(first, first[:1].expand_as(first), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (NoisyLinear(100, 80), torch.randn(9, 100)),
+        (SoftMoE(6, 40, 2, 50, noisy=True), torch.randn(9, 6, 40)),
+        (Top1MoE(6, 40, 2, 50, noisy=True), torch.randn(9, 6, 40)),
+    ],
+)
+def test_no_weights_are_made_per_sample(layer, x):
+    weights = max(parameter.numel() for parameter in layer.parameters())
+    with Operations() as operations, torch.no_grad():
+        layer(x)
+    assert operations.largest < 9 * weights
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_evaluation_mode_is_silent_and_equals_the_means(script, layer):
     """Equal to a network without noisy layers that has the means as weights; no random number is drawn."""
@@ -542,7 +575,7 @@ def test_q_values_are_the_means_of_the_distributions(script):
     assert q_network.support.tolist() == pytest.approx(support, abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------- evaluation, exploration
+# ------------------------------------------------------------------------------------ priorities, lives, exploration
 
 
 def tiny(script, tmp_path, **overrides):
@@ -565,6 +598,81 @@ def spy(monkeypatch, owner, name):
 
     monkeypatch.setattr(owner, name, wrapper)
     return calls
+
+
+def test_every_update_gives_its_batch_new_priorities(script, tmp_path, monkeypatch):
+    args = tiny(script, tmp_path, layer="dense", eval_episodes=0)
+    draws, learned = spy(monkeypatch, script.PrioritizedReplayBuffer, "sample"), spy(monkeypatch, script, "td_loss")
+    updates = spy(monkeypatch, script.PrioritizedReplayBuffer, "update_priorities")
+    script.main(args)
+    assert len(draws) == len(learned) == len(updates) == 40
+    for (_, batch), (_, (loss, _)), ((_, index, losses), _) in zip(draws, learned, updates, strict=True):
+        assert torch.equal(batch.index, index)
+        torch.testing.assert_close((losses * batch.importance_weights).mean(), loss.detach())
+    assert len(updates[0][0][0].priorities.unique()) > 40
+
+
+def stacks_seen(monkeypatch, script, play):
+    """Run `play` with random values; what each call of `q_values` got, and what it should have got."""
+    seen, steps = [], []
+    reset, recv = script.Environments.reset, script.Environments.recv
+
+    def watched_reset(self, seed):
+        steps.append(reset(self, seed).copy())
+        return steps[0]
+
+    def watched_recv(self):
+        steps.append(recv(self))
+        return steps[-1]
+
+    def q_values(self, obs):
+        seen.append(obs.clone())
+        return torch.rand(len(obs), 4)
+
+    monkeypatch.setattr(script.Environments, "reset", watched_reset)
+    monkeypatch.setattr(script.Environments, "recv", watched_recv)
+    monkeypatch.setattr(script.QNetwork, "q_values", q_values)
+    play()
+    frames, steps = [steps[0], *(step.frame for step in steps[1:])], steps[1:]
+    expected = [np.zeros_like(obs) for obs in seen]
+    for lane in range(len(frames[0])):
+        stack, valid = [], True
+        for t, step in enumerate(steps):
+            stack = [*stack, frames[t][lane]][-4:]
+            expected[t][lane, 4 - len(stack) :] = stack
+            if step.terminated[lane] or not valid:
+                stack = []
+            valid = not step.game_over[lane]
+    return torch.stack(seen), torch.from_numpy(np.stack(expected)), steps
+
+
+def test_lost_lives_end_stacks_and_episodes_while_the_game_goes_on(tmp_path, monkeypatch):
+    """A run on Breakout that only acts: the network sees what the replay rebuilds, a lost life is terminal in it."""
+    breakout = {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 1, "layer": "dense", "eval_episodes": 0}
+    args = tiny(der_softmoe, tmp_path, **breakout, replay_ratio=1.0, total_timesteps=900, learning_starts=900)
+    args = replace(args, buffer_size=1000)
+    added = spy(monkeypatch, der_softmoe.PrioritizedReplayBuffer, "add")
+    seen, expected, steps = stacks_seen(monkeypatch, der_softmoe, lambda: der_softmoe.main(args))
+    assert torch.equal(seen, expected)
+    replay, rows, lane = added[0][0][0], torch.arange(900), torch.zeros(900, dtype=torch.long)
+    assert torch.equal(replay._stack(rows, lane), seen[:, 0])
+    over, terminated = (np.array([getattr(step, name)[0] for step in steps]) for name in ("game_over", "terminated"))
+    assert terminated.sum() > 2 * over.sum() >= 4
+    np.testing.assert_array_equal(replay.terminated[:900, 0], terminated)
+    np.testing.assert_array_equal(replay.valid[:900, 0], [True, *~over[:-1]])
+
+
+def test_lost_lives_end_stacks_in_evaluation(tmp_path, monkeypatch):
+    args = tiny(der_softmoe, tmp_path, env_id="BreakoutNoFrameskip-v4", layer="dense")
+    q_network = der_softmoe.QNetwork(args, (4, 84, 84), 4)
+    returns = []
+    seen, expected, steps = stacks_seen(
+        monkeypatch,
+        der_softmoe,
+        lambda: returns.extend(der_softmoe.evaluate(q_network, args, 3, 1, SimpleNamespace(received=False))),
+    )
+    assert torch.equal(seen, expected) and len(returns) == 3
+    assert sum(step.terminated.sum() for step in steps) > 2 * sum(step.game_over.sum() for step in steps) > 0
 
 
 def test_evaluation_is_silent_deterministic_and_leaves_the_random_state_alone(script, tmp_path, monkeypatch):
@@ -781,7 +889,7 @@ def refused(script, capsys, **overrides):
 BAD_SUPPORTS = [{"v_min": 10.0}, {"v_min": 11.0}, {"v_max": -10.0}, {"v_min": 3.0, "v_max": 2.0}]
 BAD_SUPPORTS += [{name: value} for name in ("v_min", "v_max") for value in (math.inf, -math.inf, math.nan)]
 BAD_SUPPORTS += [{"v_min": -math.inf, "v_max": math.inf}, {"v_min": math.nan, "v_max": math.nan}]
-BAD_SUPPORTS += [{"num_atoms": n} for n in (1, 0, -51)]
+BAD_SUPPORTS += [{"num_atoms": n} for n in (1, 0, -51, 1001, 10**20)]
 BAD_SUPPORTS += [{"v_min": 0.0, "v_max": 1e-46}, {"v_min": 1e8, "v_max": 1e8 + 1}, {"v_max": 1e39}]  # not in float32
 
 
@@ -830,6 +938,7 @@ SHARED_DEFAULTS = {
     "eval_epsilon": 0.001,
 }
 RAINBOW_DEFAULTS = SHARED_DEFAULTS | {
+    "num_envs": 4,
     "total_timesteps": 50_000_000,
     "iteration_steps": 250_000,
     "sticky_actions": 0.25,
@@ -845,6 +954,8 @@ RAINBOW_DEFAULTS = SHARED_DEFAULTS | {
 }
 DER_DEFAULTS = SHARED_DEFAULTS | {
     "total_timesteps": 100_000,
+    "iteration_steps": 10_000,
+    "num_envs": 1,
     "eval_episodes": 100,
     "sticky_actions": 0.0,
     "noop_max": 30,

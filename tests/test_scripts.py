@@ -38,6 +38,19 @@ available_memory load_balancing_loss project_distribution select_actions CudaGra
 CudaGraph.__call__ bar_style to_floats write_json write_synced last_checkpoint load_args parse_args save_args StopSignal
 StopSignal.__enter__ StopSignal.receive StopSignal.__exit__ fail flag check_types game_name
 """.split()
+# What Rainbow leaves out of DQN, where it has definitions of its own; it keeps all their other lines, in their order.
+LEFT_OUT = {
+    "Args": ["n_step: int = 1", "# DQN"],
+    "check_args": [],
+    "QNetwork.__init__": ["self.head = linear(num_features, num_actions)"],
+    "QNetwork.forward": ["return self.head(features), output  # (B, A)"],
+    "main": [
+        "replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=memory)",
+        "return metrics",
+        "epsilon = linear_schedule(args, global_step)",
+        "metrics = update(*replay.sample(args.batch_size)) if learn_from_host else update()",
+    ],
+}
 MOST_CHANGED_LINES = {("dqn_softmoe.py", "rainbow_softmoe.py"): 200, ("rainbow_softmoe.py", "der_softmoe.py"): 70}
 
 
@@ -78,6 +91,13 @@ def test_shared_definitions_are_the_same_to_the_letter_and_in_the_same_order(pai
     assert own == ITS_OWN[pair]
     both = one.keys() & other.keys()
     assert [name for name in one if name in both] == [name for name in other if name in both]
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_rainbow_keeps_what_dqn_does(name):
+    dqn, rainbow = (definitions(f"{agent}_softmoe.py")[name] for agent in ("dqn", "rainbow"))
+    lines = difflib.ndiff(dqn.splitlines(), rainbow.replace(", noisy=args.noisy", "").splitlines())
+    assert [line[2:].strip() for line in lines if line.startswith("- ")] == LEFT_OUT[name]
 
 
 @pytest.mark.parametrize("pair", ITS_OWN, ids=" ".join)

@@ -106,6 +106,15 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(agent, quick_
     assert same(a, b) and a["episodes"] != c["episodes"]
 
 
+def test_a_replay_that_is_not_where_the_learner_is_gives_the_same_run(agent, quick_args, tmp_path, monkeypatch):
+    """On a GPU the replay may be in host memory: a device that only looks like another takes that path here."""
+    near, far = (quick_args(runs_dir=str(tmp_path / name), total_timesteps=320) for name in ("near", "far"))
+    agent.main(near)
+    monkeypatch.setattr(agent, "replay_device", lambda *_: torch.device("cpu", 0))
+    agent.main(far)
+    assert same(*(contents(only_run(args.runs_dir)) for args in (near, far)))
+
+
 # Flags beyond DQN's, with a value that must change what a run learns.
 FLAGS = {"num_atoms": 21, "v_min": -5.0, "v_max": 5.0, "n_step": 1}
 FLAGS |= {"double": False, "dueling": False, "noisy": False, "prioritized": False}
