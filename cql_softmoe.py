@@ -1228,6 +1228,8 @@ def main(args: Args) -> None:
     on_gpu = device.type == "cuda"
     if args.cuda and not on_gpu:
         print("no CUDA device: running on the CPU", file=sys.stderr)
+    if on_gpu and args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        fail("--compile needs a C compiler, gcc or clang; --no-compile does without")
     torch.backends.cudnn.benchmark = on_gpu
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
@@ -1248,7 +1250,7 @@ def main(args: Args) -> None:
     save_args(run_dir, args)
     print(describe(args, run_dir, envs, q_network, data), flush=True)
     log = RunLog(run_dir, args.total_updates, done, state["log"])
-    loss_function = torch.compile(td_loss) if on_gpu and args.compile else td_loss
+    loss_function = torch.compile(td_loss, dynamic=False) if on_gpu and args.compile else td_loss
 
     def update(*batch):
         batch = Batch(*(torch.as_tensor(x, device=device) for x in batch)) if batch else data.sample(args.batch_size)
@@ -1305,7 +1307,7 @@ def main(args: Args) -> None:
         envs.close()
     log.close()
     if not stop.received:
-        torch.save(q_network.state_dict(), run_dir / "weights.pt")
+        torch.save({name: weight.cpu() for name, weight in q_network.state_dict().items()}, run_dir / "weights.pt")
     print(f"{done:,} updates done, in {run_dir}")
     if stop.received and last_checkpoint(run_dir):
         print(f"stopped by a signal; continue with: python {Path(__file__).name} --resume {run_dir}")

@@ -1434,7 +1434,7 @@ def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, devic
 
 def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stop: StopSignal) -> None:
     """After the last step: final weights, evaluation, what came out of it."""
-    torch.save(q_network.state_dict(), run_dir / "weights.pt")
+    torch.save({name: weight.cpu() for name, weight in q_network.state_dict().items()}, run_dir / "weights.pt")
     seed = reset_seed(args.seed, global_step, evaluation=True)
     returns = evaluate(q_network, args, args.eval_episodes, seed, stop) if args.eval_episodes else []
     if returns and not stop.received:
@@ -1457,6 +1457,8 @@ def main(args: Args) -> None:
     on_gpu = device.type == "cuda"
     if args.cuda and not on_gpu:
         print("no CUDA device: running on the CPU", file=sys.stderr)
+    if on_gpu and args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        fail("--compile needs a C compiler, gcc or clang; --no-compile does without")
     torch.backends.cudnn.benchmark = on_gpu
     torch.manual_seed(args.seed)
     envs = make_envs(args, args.num_envs)
@@ -1480,7 +1482,7 @@ def main(args: Args) -> None:
     replay_log = open_replay_log(args, run_dir, envs, state["replay_log"])
 
     stack = FrameStack(args.num_envs, envs.frame_shape, device)
-    loss_function = torch.compile(td_loss) if on_gpu and args.compile else td_loss
+    loss_function = torch.compile(td_loss, dynamic=False) if on_gpu and args.compile else td_loss
     metrics: dict[str, Tensor] = {}
 
     @torch.no_grad()

@@ -155,6 +155,12 @@ def test_network_that_no_memory_holds(refused_run, name, size):
     refused_run(["network"], **{name: size})
 
 
+def test_compiling_without_a_compiler(refused_run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    refused_run(["--compile", "gcc", "--no-compile"], cuda=True)
+
+
 def test_more_no_ops_than_a_game_can_bear(refused_run):
     refused_run(["--noop-max", "1000"], noop_max=1001)
 

@@ -39,7 +39,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
         self.prioritized = agent is not dqn_softmoe
         self.replay = filled_replay(agent.PrioritizedReplayBuffer if self.prioritized else agent.ReplayBuffer)
-        self.loss = torch.compile(agent.td_loss) if compiled else agent.td_loss
+        self.loss = torch.compile(agent.td_loss, dynamic=False) if compiled else agent.td_loss
 
     def update(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -79,15 +79,31 @@ def test_nothing_in_update_act_and_store_waits_for_the_device(agent):
     learner = Learner(agent, "softmoe")
     frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
     zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
+    stack = agent.FrameStack(4, (84, 84), torch.device("cuda"))
     learner.update()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             learner.update()
-            learner.replay.add(frame, zeros.long(), zeros, flags, flags, flags)
+            with torch.no_grad():
+                q_values = learner.q_network.q_values(stack.push(frame, flags))
+            action = agent.select_actions(q_values, 0.1)
+            learner.replay.add(frame, action, zeros, flags, flags, flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_routing_statistics_leave_the_random_state_of_a_graph_alone():
+    learner = Learner(rainbow_softmoe, "softmoe")
+    update = CudaGraph(learner.update, warmup=3)
+    for _ in range(6):
+        update()
+    before = torch.cuda.get_rng_state()
+    rainbow_softmoe.measure_routing(learner.q_network, learner.replay, learner.args, torch.device("cuda"))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    update()
+    assert not torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("replay_type", [ReplayBuffer, PrioritizedReplayBuffer])
