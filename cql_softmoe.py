@@ -31,7 +31,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -63,7 +63,7 @@ from moe_layers import (
 class Args:
     # Run
     env_id: str = "BreakoutNoFrameskip-v4"
-    """Atari id of any style, or another Gymnasium id with single uint8 frames ("my_module:MyGame-v0" imports first)"""
+    """Atari id of any style (only the game counts), or a Gymnasium id with single uint8 frames ("module:Game-v0")"""
     seed: int = 1
     """seed of networks, exploration, replay draws and environments"""
     dataset_dir: str = ""
@@ -89,7 +89,7 @@ class Args:
     compile: bool = True
     """torch.compile the loss and its gradient (GPU only)"""
     cuda_graphs: bool = True
-    """replay acting, storing and learning as CUDA graphs (GPU only)"""
+    """capture acting, storing and learning in CUDA graphs (GPU only)"""
 
     # Environment
     num_envs: int = 10
@@ -105,7 +105,7 @@ class Args:
     layer: Literal["softmoe", "top1moe", "dense"] = "softmoe"
     """penultimate layer"""
     num_experts: int | None = None
-    """experts (default: DQN 8, Rainbow and DER 4); `dense`: the scaled baseline's factor of width (default: 1)"""
+    """experts (default: DQN, CQL 8; Rainbow, DER 4); `dense`: the scaled baseline's factor of width (default: 1)"""
     expert_hidden_dim: int = 512
     """hidden width of an expert, or of the dense layer"""
     tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg"] = "PerConv"
@@ -178,8 +178,8 @@ class Args:
                 setattr(self, name, c51 if self.distributional else cql)
 
 
-def fail(message: object) -> None:
-    """Bad input: one line on stderr, exit code 2."""
+def fail(message: object) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -193,7 +193,7 @@ def flag(name: str) -> str:
 
 
 def check_types(args: Args) -> Args:
-    """Raise ValueError for what a command line would not have let through: from a caller, or a damaged config.json."""
+    """Raise ValueError for values of the wrong type: a caller's, or a damaged config.json's."""
     for name, hint in get_type_hints(Args).items():
         value, choices = getattr(args, name), get_args(hint) if get_origin(hint) is Literal else ()
         if not (value in choices if choices else isinstance(value, hint) or hint is float and type(value) is int):
@@ -229,17 +229,17 @@ def check_args(args: Args) -> None:
     if not 0 < args.data_fraction <= 1:
         fail(f"--data-fraction must lie in (0, 1], not {args.data_fraction}")
     largest = max(1, abs(args.v_min), abs(args.v_max))
-    if not (1 < args.num_atoms <= 1_000 and args.v_max - args.v_min > 1e-6 * largest < 1e30):
-        fail(f"no {args.num_atoms} atoms from {args.v_min:g} to {args.v_max:g}: --num-atoms, --v-min, --v-max")
-    balancing = args.load_balancing.split("+")
+    if not (1 < args.num_atoms <= 1_000 and args.v_max - args.v_min > 1e-6 * largest and largest < 1e36):
+        wanted = "--num-atoms must be 2 to 1000, and --v-min below --v-max"
+        fail(f"{wanted}, not {args.num_atoms} from {args.v_min:g} to {args.v_max:g}")
     for name, works, needs in (
         ("tokenization", args.layer != "dense", "--layer softmoe or top1moe"),
         ("capacity_factor", args.layer != "dense", "--layer softmoe or top1moe"),
         ("normalize_router", args.layer == "softmoe", "--layer softmoe"),
         ("learned_phi", args.layer == "softmoe", "--layer softmoe"),
         ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
-        ("importance_weight", "importance" in balancing, "--load-balancing importance"),
-        ("load_weight", "load" in balancing, "--load-balancing load"),
+        ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
+        ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
         *((name, args.distributional, "--distributional") for name in "num_atoms v_min v_max double dueling".split()),
     ):
         if not works and getattr(args, name) != getattr(Args, name):
@@ -255,7 +255,7 @@ MAX_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 
 
 
 class Step(NamedTuple):
-    """What a round of steps brought, one entry per environment. After a game over, the next step is a reset."""
+    """What came of one step in every environment. After a game over, the next step is a reset."""
 
     frame: np.ndarray  # (N, H, W) uint8
     reward: np.ndarray  # (N,) raw
@@ -608,7 +608,8 @@ def find_shards(folder: Path, args: Args, frame_shape: tuple[int, int]) -> list[
         except Exception as error:  # a damaged file can raise nearly anything
             fail(f"shard {suffix} of {folder} is damaged: {type(error).__name__}: {error}")
         length = lengths["action"]
-        rows = int(count) if count <= length else int(count) % length or length  # what comes after is older, or junk
+        count = int(count)  # rows ever added to the ring that was saved; what comes after them is older, or junk
+        rows = count if count <= length else (count % length or length)
         if rows > 0:
             shards.append(Shard(suffix, files, math.ceil(rows * args.data_fraction)))
     if not shards:
@@ -824,7 +825,7 @@ def load_balancing_loss(output: MoEOutput, args: Args) -> Tensor:
     loss = torch.zeros((), device=logits.device)
     if "importance" in args.load_balancing:
         loss = loss + args.importance_weight * importance_loss(probs)
-    if "load" in args.load_balancing.split("+"):
+    if "load" in args.load_balancing:
         noisy_logits = logits + torch.randn_like(logits) / args.num_experts
         loss = loss + args.load_weight * load_loss(logits, noisy_logits, 1 / args.num_experts)
     return loss
@@ -857,16 +858,15 @@ def td_loss(
     q_taken = q_values[rows, batch.action]  # (B,)
     with torch.no_grad():
         next_logits = target_network(batch.next_obs)[0]  # (B, A, N)
-        next_q = target_network.expected(next_logits)  # (B, A)
+        double = args.distributional and args.double
+        next_q = q_network.q_values(batch.next_obs) if double else target_network.expected(next_logits)  # (B, A)
+        next_logits = next_logits[rows, next_q.argmax(dim=1)]  # (B, N)
     if args.distributional:
-        with torch.no_grad():
-            chooser = q_network.q_values(batch.next_obs) if args.double else next_q
-            atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
-            next_probs = next_logits[rows, chooser.argmax(dim=1)].softmax(dim=1)  # (B, N)
-            target_probs = project_distribution(atoms, next_probs, support)  # (B, N)
+        atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
+        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
         loss = -(target_probs * logits[rows, batch.action].log_softmax(dim=1)).sum(dim=1).mean()
     else:
-        loss = F.smooth_l1_loss(q_taken, batch.reward + batch.discount * next_q.max(dim=1).values)
+        loss = F.smooth_l1_loss(q_taken, batch.reward + batch.discount * next_logits[:, 0])
     cql = (q_values.logsumexp(dim=1) - q_taken).mean()
     metrics = {"td_loss": loss.detach(), "cql_loss": cql.detach(), "q_data": q_taken.detach().mean()}
     metrics["q_greedy"] = q_values.detach().max(dim=1).values.mean()
@@ -976,7 +976,7 @@ class RunLog:
     COLUMNS = ("iteration", "updates", "episodes", "mean_return", "td_loss", "cql_loss", "q_data", "q_greedy", "ups")
 
     def __init__(self, run_dir: Path, total_updates: int, update: int, state: dict | None):
-        self.file = open(run_dir / "metrics.csv", "a+", newline="")  # noqa: SIM115
+        self.file = open(run_dir / "metrics.csv", "a+", newline="", buffering=1)  # noqa: SIM115
         self.writer = csv.writer(self.file)
         if state is None:
             self.writer.writerow(self.COLUMNS)
@@ -1000,7 +1000,6 @@ class RunLog:
         self.score = f"{mean:.2f}"
         losses = [f"{values[name]:.6g}" for name in self.COLUMNS[4:8]]
         self.writer.writerow([number, update, len(returns), f"{mean:.4f}", *losses, f"{ups:.1f}"])
-        self.file.flush()
         self.scalars("charts", {"eval_return": mean}, update)
 
     def training(self, values: dict[str, float], update: int) -> None:
@@ -1015,7 +1014,6 @@ class RunLog:
     def state(self) -> dict:
         """What a checkpoint must remember to go on with the same records."""
         self.tensorboard.flush()
-        self.file.flush()
         os.fsync(self.file.fileno())
         return {"size": os.fstat(self.file.fileno()).st_size}
 
@@ -1106,7 +1104,7 @@ def load_args(run_dir: str) -> Args:
 
 
 def check_resume(args: Args, saved: Args) -> None:
-    """Fail where arguments contradict the run that they resume; these may change:"""
+    """Fail where arguments contradict the resumed run, except those of `may_change`."""
     may_change = "resume total_updates checkpoint_every dataset_dir cache_dir".split()
     may_change += "cuda compile cuda_graphs replay_device".split()
     contradictions = [
@@ -1156,10 +1154,8 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
     def count(*modules: nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    device = next(q_network.parameters()).device
-    processor = (
-        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    )
+    on_gpu = next(q_network.parameters()).is_cuda
+    processor = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     moe, encoder = q_network.moe, count(q_network.encoder)
     middle, total = count(moe, getattr(q_network, "tokenizer", nn.Identity())), count(q_network)
     layer = f"dense layer of {args.expert_hidden_dim * args.num_experts}"

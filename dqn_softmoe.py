@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -68,7 +68,7 @@ from moe_layers import (
 class Args:
     # Run
     env_id: str = "BreakoutNoFrameskip-v4"
-    """Atari id of any style, or another Gymnasium id with single uint8 frames ("my_module:MyGame-v0" imports first)"""
+    """Atari id of any style (only the game counts), or a Gymnasium id with single uint8 frames ("module:Game-v0")"""
     seed: int = 1
     """seed of networks, exploration, replay draws and environments"""
     total_timesteps: int = 50_000_000
@@ -80,7 +80,7 @@ class Args:
     resume: str | None = None
     """run directory to continue from its last checkpoint, with the arguments it was started with"""
     checkpoint_every: int = 2_500_000
-    """agent steps between checkpoints, each as large as the replay (0: only at the end and on a signal)"""
+    """agent steps between checkpoints, which start new games (0: only at the end and on a signal)"""
     iteration_steps: int = 250_000
     """agent steps per row of metrics.csv (paper: 250,000; DER: 10,000)"""
     log_every: int = 1_000
@@ -92,7 +92,7 @@ class Args:
     compile: bool = True
     """torch.compile the loss and its gradient (GPU only)"""
     cuda_graphs: bool = True
-    """replay acting, storing and learning as CUDA graphs (GPU only)"""
+    """capture acting, storing and learning in CUDA graphs (GPU only)"""
 
     # Environment
     num_envs: int = 4
@@ -108,7 +108,7 @@ class Args:
     layer: Literal["softmoe", "top1moe", "dense"] = "softmoe"
     """penultimate layer"""
     num_experts: int | None = None
-    """experts (default: DQN 8, Rainbow and DER 4); `dense`: the scaled baseline's factor of width (default: 1)"""
+    """experts (default: DQN, CQL 8; Rainbow, DER 4); `dense`: the scaled baseline's factor of width (default: 1)"""
     expert_hidden_dim: int = 512
     """hidden width of an expert, or of the dense layer"""
     tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg"] = "PerConv"
@@ -171,8 +171,8 @@ class Args:
             self.num_experts = 1 if self.layer == "dense" else 8
 
 
-def fail(message: object) -> None:
-    """Bad input: one line on stderr, exit code 2."""
+def fail(message: object) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -182,7 +182,7 @@ def flag(name: str) -> str:
 
 
 def check_types(args: Args) -> Args:
-    """Raise ValueError for what a command line would not have let through: from a caller, or a damaged config.json."""
+    """Raise ValueError for values of the wrong type: a caller's, or a damaged config.json's."""
     for name, hint in get_type_hints(Args).items():
         value, choices = getattr(args, name), get_args(hint) if get_origin(hint) is Literal else ()
         if not (value in choices if choices else isinstance(value, hint) or hint is float and type(value) is int):
@@ -213,15 +213,14 @@ def check_args(args: Args) -> None:
     for name in "capacity_factor learning_rate adam_eps importance_weight load_weight".split():
         if not 0 < getattr(args, name) < math.inf:
             fail(f"{flag(name)} must be above 0, not {getattr(args, name)}")
-    balancing = args.load_balancing.split("+")
     for name, works, needs in (
         ("tokenization", args.layer != "dense", "--layer softmoe or top1moe"),
         ("capacity_factor", args.layer != "dense", "--layer softmoe or top1moe"),
         ("normalize_router", args.layer == "softmoe", "--layer softmoe"),
         ("learned_phi", args.layer == "softmoe", "--layer softmoe"),
         ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
-        ("importance_weight", "importance" in balancing, "--load-balancing importance"),
-        ("load_weight", "load" in balancing, "--load-balancing load"),
+        ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
+        ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
         ("replay_shard_size", args.save_replay, "--save-replay"),
     ):
         if not works and getattr(args, name) != getattr(Args, name):
@@ -232,7 +231,7 @@ def check_args(args: Args) -> None:
             f"--replay-ratio {args.replay_ratio} with --num-envs {N} is {updates:g} updates per round of {N} agent "
             "steps: it must be a whole number, 1 or more"
         )
-    need = max(args.batch_size, N * (STACK_SIZE + args.n_step + 2))  # 2 reset rows: then something is left to draw
+    need = max(args.batch_size, N * (STACK_SIZE + args.n_step + 2))  # + 2: beside two reset rows one can be drawn
     if args.buffer_size < need:
         fail(f"--buffer-size {args.buffer_size} is too small for batch, stack and n-step: at least {need}")
     if args.learning_starts < N * (args.n_step + 2):
@@ -246,7 +245,7 @@ MAX_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 
 
 
 class Step(NamedTuple):
-    """What a round of steps brought, one entry per environment. After a game over, the next step is a reset."""
+    """What came of one step in every environment. After a game over, the next step is a reset."""
 
     frame: np.ndarray  # (N, H, W) uint8
     reward: np.ndarray  # (N,) raw
@@ -557,7 +556,7 @@ class ReplayBuffer:
         self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
         self.depth = torch.zeros(shape, dtype=torch.uint8, device=device)  # earlier frames in the row's stack
         self.cursor = torch.zeros(1, dtype=torch.int64, device=device)  # rows ever written, per lane
-        # Queue of drawable rows per lane; its last column takes the writes that are none.
+        # Queue of drawable rows per lane; its last column takes the writes of rows that do not join it.
         self.queue = torch.zeros(num_envs, self.rows + 1, dtype=torch.int64, device=device)
         self.head = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.tail = torch.zeros(num_envs, dtype=torch.int64, device=device)
@@ -571,7 +570,7 @@ class ReplayBuffer:
 
     @staticmethod
     def nbytes(capacity: int, num_envs: int, frame_shape: tuple[int, int]) -> int:
-        """Bytes a buffer takes once it is full."""
+        """Bytes a buffer takes once it is full: frame, action, reward, four one-byte fields and queue per row."""
         return capacity // num_envs * num_envs * (math.prod(frame_shape) + 8 + 4 + 4 + 8)
 
     def add(self, frame, action, reward, terminated, truncated, valid=None) -> None:
@@ -579,7 +578,7 @@ class ReplayBuffer:
 
         `frame` (N, H, W) is what the agent saw, `action` (N,) what it did there, `reward`, `terminated`, `truncated`
         (N,) what came of it. `valid=False` marks a row that is no transition: the step that resets, whose frame is the
-        ended episode's last. It ends its episode even if nothing else did, and the values beside it are ignored.
+        ended episode's last. It ends the episode before it even if nothing else did; what is beside it is ignored.
         """
         frame = torch.as_tensor(frame, device=self.device).reshape(1, self.num_envs, -1)
         valid = torch.ones_like(self.valid[:1]) if valid is None else self._row(valid, torch.bool)
@@ -610,7 +609,10 @@ class ReplayBuffer:
         return rows, self.valid[rows] & (self.depth[rows] == self.stack_offsets[:, None])
 
     def _completed(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (n,), newest first, and which of them (n, N) have a whole window now that `row` (1,) is written."""
+        """Rows (n,), newest first, and which of them (n, N) have a whole window now that `row` (1,) is written.
+
+        `row` is not among them: it has the frame that the others bootstrap from.
+        """
         rows = (row - 1 - self.steps) % self.rows  # (n,)
         ended = self.ended[rows]  # (n, N)
         # Windows that met an earlier end were complete before; of the others, all if row - 1 ended, else the longest.
@@ -635,7 +637,7 @@ class ReplayBuffer:
         count = (self.tail - self.head).cumsum(dim=0)  # (N,)
         draw = (torch.rand(batch_size, dtype=torch.float64, device=self.device) * count[-1]).long()  # (B,)
         lane = torch.searchsorted(count, draw, right=True)
-        place = self.tail[lane] - (count[lane] - draw)
+        place = self.tail[lane] - (count[lane] - draw)  # so many places before the end of the lane's queue
         row = self.queue[lane, place % self.rows]
         return self._gather(row, lane)
 
@@ -726,7 +728,7 @@ class ReplayLog:
     `add_count` of a shard is junk. Episodes are written whole, so environments do not interleave.
     A seventh array, `episode_end`, says what the published six cannot: 0 a step, 1 the last one of an episode that
     terminated, 2 the last one of an episode that was cut (the next row has the frame to bootstrap from), 3 no step.
-    Readers of the six find `terminal` in all rows with 1 or 2, and in that next row: so they never cross episodes.
+    `terminal` is 1 where it is 1 or 2 and in that next row, so that readers of the six never cross episodes.
     `<folder>/metadata.json` has environment, protocol, versions, arguments, and the episodes with their raw returns.
 
     A thread compresses. A shard under way has `.tmp` names, and every episode in it is a gzip member of its own, so
@@ -748,7 +750,7 @@ class ReplayLog:
         threading.Thread(target=self._work, daemon=True).start()
 
     def add(self, frame, action, reward, terminated, truncated, valid) -> None:
-        """Append one row per environment, as `ReplayBuffer.add`, but with raw rewards. Fails if the disk did."""
+        """Append one row per environment, as `ReplayBuffer.add`, but with raw rewards. Fails if writing has failed."""
         if self.error is not None:
             fail(f"cannot write the replay log in {self.folder}: {self.error}")
         for i, steps in enumerate(self.running):
@@ -836,19 +838,18 @@ class ReplayLog:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
                 sizes[path.name] = path.stat().st_size
-        episodes = torch.tensor(self.episodes, dtype=torch.float64).view(-1, 5)
+        episodes = torch.tensor(self.episodes, dtype=torch.float64).view(-1, 5)  # long lists load slowly
         return {"shard": self.shard, "rows": self.rows, "sizes": sizes, "episodes": episodes}
 
     def load_state(self, state: dict) -> None:
         """Go back to what `state` gave: later shards go, the one under way loses what came after."""
         self.shard, self.rows = state["shard"], state["rows"]
         self.episodes = [[int(a), int(b), int(c), d, bool(e)] for a, b, c, d, e in state["episodes"].tolist()]
-        for path in self.folder.iterdir():
-            name, _, rest = path.name.partition("_ckpt.")
-            under_way = int(rest.split(".")[0]) == self.shard and f"{name}_ckpt.{self.shard}.gz.tmp" in state["sizes"]
-            if under_way and not rest.endswith(".tmp"):
-                path.rename(path.with_name(f"{path.name}.tmp"))
-            elif int(rest.split(".")[0]) >= self.shard and not under_way:
+        for path in self.folder.glob("*_ckpt.*"):
+            name = path.name.removesuffix(".tmp")
+            if f"{name}.tmp" in state["sizes"]:
+                path.rename(self.folder / f"{name}.tmp")
+            elif int(name.split(".")[-2]) >= self.shard:
                 path.unlink()
         for name, size in state["sizes"].items():
             if (self.folder / name).stat().st_size < size:
@@ -875,7 +876,8 @@ def open_replay_log(args: Args, run_dir: Path, envs: Environments, state: dict |
     rom = None if game is None else hashlib.md5(Path(ale_py.roms.get_rom_path(game)).read_bytes()).hexdigest()
     protocol = {name: getattr(args, name) for name in ("sticky_actions", "noop_max", "terminal_on_life_loss")}
     metadata = {"format": "DQN Replay, with episode_end", "env_id": args.env_id, "num_actions": envs.num_actions}
-    metadata |= {"frame_skip": 4, **protocol, "ale_py": ale_py.__version__, "rom_md5": rom, "args": asdict(args)}
+    metadata |= {"frame_skip": 4, **protocol} if game else {}
+    metadata |= {"ale_py": ale_py.__version__, "rom_md5": rom, "args": asdict(args)}
     try:
         folder = run_dir / "replay" / game_name(args.env_id) / str(args.seed)
         log = ReplayLog(folder, args.num_envs, envs.frame_shape, args.replay_shard_size, metadata)
@@ -895,7 +897,7 @@ def load_balancing_loss(output: MoEOutput, args: Args) -> Tensor:
     loss = torch.zeros((), device=logits.device)
     if "importance" in args.load_balancing:
         loss = loss + args.importance_weight * importance_loss(probs)
-    if "load" in args.load_balancing.split("+"):
+    if "load" in args.load_balancing:
         noisy_logits = logits + torch.randn_like(logits) / args.num_experts
         loss = loss + args.load_weight * load_loss(logits, noisy_logits, 1 / args.num_experts)
     return loss
@@ -1028,7 +1030,8 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path, total_timesteps: int, global_step: int, state: dict | None):
-        self.files = {name: open(run_dir / name, "a+", newline="") for name in ("episodes.csv", "metrics.csv")}  # noqa: SIM115
+        lines = {"mode": "a+", "newline": "", "buffering": 1}  # a row is in the file at once
+        self.files = {name: open(run_dir / name, **lines) for name in ("episodes.csv", "metrics.csv")}  # noqa: SIM115
         self.writers = {name: csv.writer(file) for name, file in self.files.items()}
         self.recent: deque[float] = deque(maxlen=100)
         self.iteration_returns: list[float] = []
@@ -1049,8 +1052,7 @@ class RunLog:
         self.iteration_returns.append(episode_return)
         self.recent.append(episode_return)
         self.writers["episodes.csv"].writerow([global_step, f"{episode_return:.10g}", length])
-        self.tensorboard.add_scalar("charts/episodic_return", episode_return, global_step)
-        self.tensorboard.add_scalar("charts/episodic_length", length, global_step)
+        self.scalars("charts", {"episodic_return": episode_return, "episodic_length": length}, global_step)
 
     def iteration(self, number: int, global_step: int) -> None:
         sps = (global_step - self.started_step) / (time.monotonic() - self.started)
@@ -1068,8 +1070,6 @@ class RunLog:
         recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
         loss = f"{values['loss']:.4f}" if values else "-"
         self.bar.set_postfix_str(f"return {recent}, loss {loss}", refresh=False)
-        for file in self.files.values():
-            file.flush()
 
     def scalars(self, prefix: str, values: dict[str, float], global_step: int) -> None:
         for name, value in values.items():
@@ -1079,7 +1079,6 @@ class RunLog:
         """What a checkpoint must remember to go on with the same records."""
         self.tensorboard.flush()
         for file in self.files.values():
-            file.flush()
             os.fsync(file.fileno())
         sizes = {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
         return {"sizes": sizes, "iteration_returns": self.iteration_returns, "recent": list(self.recent)}
@@ -1177,7 +1176,7 @@ def load_args(run_dir: str) -> Args:
 
 
 def check_resume(args: Args, saved: Args) -> None:
-    """Fail where arguments contradict the run that they resume; these may change:"""
+    """Fail where arguments contradict the resumed run, except those of `may_change`."""
     may_change = "resume total_timesteps checkpoint_every eval_episodes cuda compile cuda_graphs replay_device".split()
     contradictions = [
         f"{flag(field.name)} {getattr(args, field.name)} (was {getattr(saved, field.name)})"
@@ -1226,10 +1225,8 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
     def count(*modules: nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    device = next(q_network.parameters()).device
-    processor = (
-        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    )
+    on_gpu = next(q_network.parameters()).is_cuda
+    processor = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     moe, encoder = q_network.moe, count(q_network.encoder)
     middle, total = count(moe, getattr(q_network, "tokenizer", nn.Identity())), count(q_network)
     layer = f"dense layer of {args.expert_hidden_dim * args.num_experts}"
@@ -1239,6 +1236,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
     memory = ReplayBuffer.nbytes(args.buffer_size, args.num_envs, envs.frame_shape)
     where = "GPU" if replay.device.type == "cuda" else "host"
     h, w = envs.frame_shape
+    frames = f" ({4 * args.total_timesteps:,} frames)" if isinstance(envs.envs, AtariVectorEnv) else ""
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
   environment  {envs.description}
                {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}
@@ -1246,7 +1244,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, q_network: QNetwork,
   layer        {layer}
   parameters   {total:,} = encoder {encoder:,} + layer {middle:,} + head {total - encoder - middle:,}
   replay       {args.buffer_size:,} transitions, {memory / 1e9:.2f} GB of {where} memory when full
-  training     {args.total_timesteps:,} agent steps ({4 * args.total_timesteps:,} frames)
+  training     {args.total_timesteps:,} agent steps{frames}
                {args.replay_ratio:g} updates of {args.batch_size} per step, from step {args.learning_starts:,}
   device       {processor}
   run          {run_dir}"""
@@ -1288,20 +1286,16 @@ def measure_routing(q_network: QNetwork, replay: ReplayBuffer, args: Args, devic
 
 
 def finish(args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stop: StopSignal) -> None:
-    """After the last step: final weights, evaluation, what came out of it."""
+    """After the last step: write weights.pt, evaluate, write eval.json."""
     torch.save({name: weight.cpu() for name, weight in q_network.state_dict().items()}, run_dir / "weights.pt")
     seed = reset_seed(args.seed, global_step, evaluation=True)
     returns = evaluate(q_network, args, args.eval_episodes, seed, stop) if args.eval_episodes else []
     if returns and not stop.received:
-        result = {
-            "episodes": len(returns),
-            "mean_return": float(np.mean(returns)),
-            "std_return": float(np.std(returns)),
-        }
-        result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
-        write_json(run_dir / "eval.json", result)
-        log.scalars("charts", {"eval_return": result["mean_return"]}, global_step)
-        print(f"evaluation: mean return {result['mean_return']:.2f} over {len(returns)} episodes")
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
+        write_json(run_dir / "eval.json", result | {"global_step": global_step, "returns": returns})
+        log.scalars("charts", {"eval_return": mean}, global_step)
+        print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
 
 
 def main(args: Args) -> None:
@@ -1322,8 +1316,8 @@ def main(args: Args) -> None:
     adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     window = {"stack_size": STACK_SIZE, "n_step": args.n_step, "gamma": args.gamma}
-    memory = replay_device(args, envs.frame_shape, device)
-    replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=memory)
+    replay_on = replay_device(args, envs.frame_shape, device)
+    replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=replay_on)
     parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
     state = {"global_step": 0, "log": None, "replay_log": None}
     if args.resume is not None:
@@ -1351,7 +1345,7 @@ def main(args: Args) -> None:
         optimizer.step()
         return metrics
 
-    store, learn_from_host = replay.add, memory != device
+    store, learn_from_host = replay.add, replay_on != device  # then batches are drawn outside `update`
     if graphs:
         warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
         act, update, store = CudaGraph(act), CudaGraph(update), store if learn_from_host else CudaGraph(store)
@@ -1367,7 +1361,7 @@ def main(args: Args) -> None:
     def checkpoint() -> bool:
         check_finite(to_floats(metrics), q_network, global_step, run_dir, log)
         no = np.zeros(args.num_envs, dtype=bool)
-        record(frame, action, no, no, no, no)  # the frames at which the running episodes are cut
+        record(frame, action, no, no, no, valid=no)  # the frames at which the running episodes are cut
         random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if on_gpu else {})
         state = {name: part.state_dict() for name, part in parts.items()} | {"random": random}
         state |= {"global_step": global_step, "log": log.state()}

@@ -377,7 +377,7 @@ def routing_stats(output: MoEOutput) -> dict[str, Tensor]:
 
     `router_entropy`: of a token's distribution over experts, over log E, so in [0, 1]. `expert_load/i`: share of the
     tokens that expert i processes (Soft MoE: its share of the combine weights). `dropped_fraction`: share of the
-    tokens that no expert took (always 0 in Soft MoE). `dormant_fraction`: see there; `dormant_fraction/i` per expert.
+    tokens that no expert took (always 0 in Soft MoE). `dormant_fraction`: as the function; with `/i` per expert.
     """
     E = output.hidden.shape[1]
     probs = output.routing.router_probs.float()  # (B, T, E)

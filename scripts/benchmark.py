@@ -6,6 +6,7 @@ Takes the name of a script that plays and the script's flags. One process measur
 target, backward, Adam on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same
 settings, because timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one
 update in the time of the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
+On a GPU both are compiled and captured in CUDA graphs, as the script's flags say.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["der_softmoe", "dqn_softmoe", "rainbow_softmoe"]  # cql_softmoe.py only updates; its metrics.csv has how fast
+if sys.argv[1:] in (["--help"], ["-h"]):
+    print(__doc__)
+    raise SystemExit
 if not (len(sys.argv) > 1 and sys.argv[1] in SCRIPTS):
     print(f"error: the first argument must be one of {', '.join(SCRIPTS)}", file=sys.stderr)
     raise SystemExit(2)
@@ -47,23 +51,33 @@ def bare_update_seconds(args: BenchmarkArgs, device: torch.device, repeats: int)
     shape, num_actions = (agent.STACK_SIZE, *envs.frame_shape), envs.num_actions
     envs.close()
     q_network, target_network = (agent.QNetwork(args, shape, num_actions).to(device) for _ in range(2))
-    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True}
+    graphs = device.type == "cuda" and args.cuda_graphs
+    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
     optimizer = torch.optim.Adam(q_network.parameters(), **adam)
     B = args.batch_size
     frames = [torch.randint(0, 256, (B, *shape), dtype=torch.uint8, device=device) for _ in range(2)]
     action = torch.randint(num_actions, (B,), device=device)
     reward, discount = torch.rand(B, device=device), torch.full((B,), args.gamma, device=device)
     batch = agent.Batch(frames[0], action, reward, discount, frames[1], action)
-    seconds = []
-    for _ in range(repeats + 5):
-        start = time.perf_counter()
+    compiled = device.type == "cuda" and args.compile
+    loss_function = torch.compile(agent.td_loss, dynamic=False) if compiled else agent.td_loss
+
+    def update():
         optimizer.zero_grad(set_to_none=True)
-        agent.td_loss(q_network, target_network, batch, args)[0].backward()
+        loss, metrics = loss_function(q_network, target_network, batch, args)
+        loss.backward()
         optimizer.step()
+        return metrics
+
+    update = agent.CudaGraph(update) if graphs else update
+    seconds = []
+    for _ in range(repeats + 20):  # the first ones warm up, and capture the graph
+        start = time.perf_counter()
+        update()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[5:])
+    return statistics.median(seconds[20:])
 
 
 def loop_steps_per_second(args: BenchmarkArgs) -> float:

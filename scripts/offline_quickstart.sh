@@ -3,7 +3,7 @@
 #
 #     scripts/offline_quickstart.sh [folder]
 #
-# Sized for two CPU cores and a quarter of an hour; the agent learns nothing worth reporting from so little data.
+# Sized for two CPU cores: a few minutes. The agent learns nothing worth reporting from so little data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-runs/offline_quickstart}

@@ -45,7 +45,7 @@ LEFT_OUT = {
     "QNetwork.__init__": ["self.head = linear(num_features, num_actions)"],
     "QNetwork.forward": ["return self.head(features), output  # (B, A)"],
     "main": [
-        "replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=memory)",
+        "replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window, device=replay_on)",
         "return metrics",
         "epsilon = linear_schedule(args, global_step)",
         "metrics = update(*replay.sample(args.batch_size)) if learn_from_host else update()",
