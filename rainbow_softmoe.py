@@ -721,13 +721,13 @@ BLOCK_SIZE = 512  # priorities that are summed together: about the square root o
 
 
 def first_above(shares: Tensor, ends: Tensor, mass: Tensor) -> Tensor:
-    """Index (B,) of the first positive of the `shares` (1 or B, n) whose cumulative sum, `ends`, is above `mass` (B,).
+    """Index of the first positive of the `shares` (..., n) whose cumulative sum, in `ends`, is above `mass` (..., k).
 
-    Exact where rounding put the mass below 0 or at the end, and where a GPU's parallel sums do not quite rise.
+    Never another, though rounding may put mass below 0 or at the end, and a GPU's parallel sums do not quite rise.
     """
-    ends = torch.where(shares > 0, ends, 0)
-    below = ends.amax(dim=1) * (1 - 2**-52)
-    return (ends > mass.clamp_min(0).minimum(below)[:, None]).byte().argmax(dim=1)
+    ends = torch.where(shares > 0, ends, 0).cummax(dim=-1).values
+    below = ends[..., -1:] * (1 - 2**-52)
+    return torch.searchsorted(ends, mass.clamp_min(0).minimum(below), right=True)
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -771,10 +771,10 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         draw = torch.arange(batch_size, device=self.device)
         draw = draw + torch.rand(batch_size, dtype=torch.float64, device=self.device)
         mass = draw * (ends[-1] / batch_size)  # (B,)
-        block = first_above(self.block_sums[None], ends[None], mass)
+        block = first_above(self.block_sums, ends, mass)
         mass = mass - (ends - self.block_sums)[block]
         shares = self.priorities.index_select(0, block)  # (B, BLOCK_SIZE)
-        index = block * BLOCK_SIZE + first_above(shares, shares.cumsum(dim=1), mass)
+        index = block * BLOCK_SIZE + first_above(shares, shares.cumsum(dim=1), mass[:, None])[:, 0]
         priorities = self.priorities.view(-1)[index]
         weights = (priorities.min() / priorities).sqrt().float()
         return self._gather(index // self.num_envs, index % self.num_envs)._replace(importance_weights=weights)
