@@ -140,7 +140,7 @@ class Experts(nn.Module):
             q = signed_sqrt(torch.randn(B, 1, self.w1.shape[2], device=x.device, dtype=x.dtype))
             scaled = (x.view(E, B, S, D) * p).view(E, B * S, D)
             noise = torch.baddbmm(self.b1_sigma[:, None], scaled, self.w1_sigma)  # (E, B*S, H)
-            hidden = hidden + (noise.view(E, B, S, -1) * q).view_as(hidden)
+            hidden = torch.addcmul(hidden.view(E, B, S, -1), noise.view(E, B, S, -1), q).view_as(hidden)
         hidden = F.relu(hidden)
         outputs = torch.baddbmm(self.b2[:, None], hidden, self.w2)  # (E, B*S, D)
         return outputs.view(E, B, S, D).transpose(0, 1), hidden.view(E, B, S, -1).transpose(0, 1)

@@ -737,7 +737,7 @@ def test_epsilon_is_zero_with_noise_and_decays_without(script, tmp_path, monkeyp
     logged = spy(monkeypatch, script.RunLog, "scalars")
     script.main(args)
     epsilons = [inputs[1] for inputs, _ in acted]
-    shown = [inputs[2]["epsilon"] for inputs, _ in logged if inputs[1] == "charts"]
+    shown = [inputs[2]["epsilon"] for inputs, _ in logged if "epsilon" in inputs[2]]
     steps = range(0, 120, 2)
     expected = [0.0 if noisy else 1 - 0.8 * min(max((step - 40) / 50, 0), 1) for step in steps]
     assert epsilons == pytest.approx(expected)
