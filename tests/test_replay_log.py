@@ -151,7 +151,7 @@ def files(folder):
 
 @pytest.mark.parametrize("shard_size", [40, 90, 10**6])
 def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, shard_size):
-    """Whatever was written after it, shards that were finished included."""
+    """Whatever was written after it, shards that were finished included; a stray file is nobody's."""
     rows = list(random_rows(np.random.default_rng(3), 300, 2))
     cut = (*rows[-1][:3], *(np.zeros(2, bool),) * 3)
     unbroken = ReplayLog(tmp_path / "a", 2, SIZE, shard_size, {})
@@ -165,6 +165,8 @@ def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, shard_size):
     for row in rows[200:280]:  # lost
         broken.add(*row)
     broken.close()
+    for name in "ab":
+        (tmp_path / name / "replay_logs" / ".DS_Store").touch()
     resumed = ReplayLog(tmp_path / "b", 2, SIZE, shard_size, {})
     resumed.load_state(state)
     for row in rows[120:]:

@@ -37,7 +37,7 @@ def test_learns_the_pixel_game(agent, settings, quick_args):
     returns = [float(row["episode_return"]) for row in read_csv(only_run(args.runs_dir) / "episodes.csv")]
     result = json.loads((only_run(args.runs_dir) / "eval.json").read_text())["mean_return"]
     if agent.__name__ == "dqn_softmoe":
-        assert np.mean(returns[-100:]) >= 0.8 * 4 <= result  # four balls
+        assert min(np.mean(returns[-100:]), result) >= 0.8 * 4  # four balls
     else:  # trained under noise: over seeds 2.7 to 3.9; four of five balls are 2.4, standing still is -2.7
         assert result >= 2.4
 
