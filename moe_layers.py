@@ -38,6 +38,10 @@ class MoEOutput(NamedTuple):
     routing: Routing
     hidden: Tensor  # (B, E, S, H): the experts' hidden activations, after the ReLU
 
+    def detach(self) -> "MoEOutput":
+        """The same values without their gradients' graph."""
+        return MoEOutput(self.tokens.detach(), Routing(*(x.detach() for x in self.routing)), self.hidden.detach())
+
 
 # ----------------------------------------------------------------------------------------------------- initialisers
 
@@ -360,6 +364,17 @@ def load_loss(router_logits: Tensor, noisy_logits: Tensor, noise_std: float) -> 
     threshold = noisy_logits.max(dim=2, keepdim=True).values  # (B, T, 1)
     win = torch.special.ndtr((router_logits - threshold) / noise_std)  # (B, T, E)
     return squared_variation(win.mean(dim=1))
+
+
+def load_balancing_loss(output: MoEOutput, losses: str, importance_weight: float, load_weight: float) -> Tensor:
+    """Weighted sum of a Top-1 layer's `losses` ("importance+load"), 0-D; noise std 1/E as in the authors' code."""
+    logits, loss = output.routing.router_logits, 0.0
+    if "importance" in losses:
+        loss = loss + importance_weight * importance_loss(output.routing.router_probs)
+    if "load" in losses:
+        noise_std = 1 / logits.shape[2]
+        loss = loss + load_weight * load_loss(logits, logits + noise_std * torch.randn_like(logits), noise_std)
+    return loss
 
 
 def entropy_loss(router_probs: Tensor) -> Tensor:
