@@ -18,7 +18,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
@@ -48,11 +47,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import moe_layers as moe
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 @dataclass
@@ -119,8 +113,6 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------- networks
-
-
 class Conv2d(nn.Conv2d):
     """Convolution as in Flax: SAME padding, the odd pixel after; zero biases, Xavier-uniform (LeCun-normal) weights."""
 
@@ -158,8 +150,8 @@ class ImpalaStack(nn.Module):
 
 def impala_cnn(channels: int, width: int) -> nn.Module:
     """The ResNet of Espeholt et al. (2018): (B, 4, 84, 84) -> (B, 32 * width, 11, 11)."""
-    sizes = itertools.pairwise((channels, 16 * width, 32 * width, 32 * width))
-    return nn.Sequential(*(ImpalaStack(*size) for size in sizes), nn.ReLU())
+    stacks = ImpalaStack(channels, 16 * width), ImpalaStack(16 * width, 32 * width), ImpalaStack(32 * width, 32 * width)
+    return nn.Sequential(*stacks, nn.ReLU())
 
 
 def nature_cnn(channels: int, width: int) -> nn.Module:
@@ -217,8 +209,6 @@ class QNetwork(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
-
-
 class Batch(NamedTuple):
     """B transitions. The loss needs no more than `reward + discount * value(next_obs)`."""
 
@@ -248,7 +238,6 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 
 # --------------------------------------------------------------------------------------------------------- replay
-
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
 BLOCK_SIZE = 1_024  # weights that are summed together: about the square root of 1M is fastest
 
@@ -355,37 +344,32 @@ class ReplayBuffer(nn.Module):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was written, on the host; through NumPy, for a tensor's slice would be saved with all of its memory."""
-        state, places = super().state_dict(), min(int(self.cursor), self.rows) * self.num_envs
-        state |= {name: state[name][:places] for name in self.FIELDS}
+        state = super().state_dict()
+        state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, and forget all else."""
-        self.truncated.fill_(True)
+        """Restore what `state_dict` gave."""
         for name in super().state_dict():
             self.get_buffer(name)[: len(state[name])].copy_(state[name])
         self.block_sums.copy_(self.weight.sum(dim=1))
 
 
 def free_memory() -> float:
-    """Bytes of host memory that are free, in the system and in the cgroups of this job or container (Linux)."""
-    try:
+    """Bytes of host memory that are free in the system and in the cgroups of this job or container (Linux)."""
+    v1, v2 = ("/memory", "memory.limit_in_bytes", "total_rss"), ("", "memory.max", "anon")
+    with contextlib.suppress(OSError):  # not Linux
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return math.inf
-    for _, controllers, path in groups:
-        if controllers == "":  # version 2
-            root, limit, used = "/sys/fs/cgroup", "memory.max", "anon"
-        elif "memory" in controllers.split(","):  # version 1
-            root, limit, used = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"
-        else:
-            continue
-        for group in (Path(root + path), *Path(root + path).parents):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit there
-                usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                free = min(free, int((group / limit).read_text()) - int(usage[used]))
-    return free
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, limit, used = v1 if "memory" in controllers else v2
+            group = Path(f"/sys/fs/cgroup{root}{path}")
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # no limit there
+                    usage = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    free = min(free, int((folder / limit).read_text()) - int(usage[used]))
+        return free
+    return math.inf
 
 
 def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
@@ -393,14 +377,12 @@ def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device
     need = args.buffer_size * (math.prod(frame_shape) + 22)
     if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return device
-    if need > 0.9 * free_memory():  # the process itself needs some
-        memory = f"{need / 1e9:.2f} GB, but {free_memory() / 1e9:.2f} GB of memory are free"
-        raise ValueError(f"--buffer-size {args.buffer_size} takes {memory}")
+    if need > 0.9 * (free := free_memory()):  # the process itself needs some
+        raise ValueError(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     return torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------------- environments
-
 MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
 
 
@@ -445,10 +427,9 @@ class Environments:
 
     def send(self, action: np.ndarray) -> None:
         """Start a step with actions (N,), all in range: an out-of-range one would hang ale-py."""
+        self.action = action
         if self.game:
             self.envs.send(action)
-        else:
-            self.action = action
 
     def recv(self) -> tuple[np.ndarray, ...]:
         """What came of it, all (N, ...): next frame, raw reward, terminated, truncated, whether the game is over.
@@ -474,12 +455,6 @@ def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) ->
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
 
-def linear_schedule(args: Args, global_step: int) -> float:
-    """Exploration: 1 until learning starts, then linearly down to `end_epsilon` (Dopamine's schedule)."""
-    done = (global_step - args.learning_starts) / max(args.epsilon_decay_steps, 1)
-    return 1.0 + (args.end_epsilon - 1.0) * min(max(done, 0.0), 1.0)
-
-
 def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
     """Epsilon-greedy actions (N,) from q_values (N, A)."""
     N, A = q_values.shape
@@ -488,43 +463,38 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
     return torch.where(explore, random, q_values.argmax(dim=1))
 
 
+BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a file a line every 30 s
+
+
 @torch.no_grad()
 def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) -> list[float]:
-    """Raw returns of `eval_episodes` whole games at `eval_epsilon` in environments of their own, noise off.
+    """Raw returns of `eval_episodes` whole games side by side, at `eval_epsilon`, noise off.
 
-    Each environment plays a fixed share of the games: taking the first to finish would favour short ones. Training's
-    random state is left as it was. Returns fewer only where a signal stops it.
+    A game counts up to `MAX_EPISODE_STEPS`, or to a signal. Training's random state is left as it was.
     """
-    device, envs = next(q_network.parameters()).device, Environments(args, min(args.eval_episodes, 10))
-    share = np.bincount(np.arange(args.eval_episodes) % envs.envs.num_envs)  # (N,)
-    returns: list[list[float]] = [[] for _ in share]
-    running, steps = np.zeros(len(share)), np.zeros(len(share), int)
-    obs = torch.zeros(len(share), STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
-    frame, start = envs.reset(seed), np.ones(len(share), bool)
+    N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
+    obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
+    frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), np.zeros(N)
     q_network.eval()
-    bar = tqdm(total=args.eval_episodes, desc="evaluating", unit="episode", **bar_style())
+    bar = tqdm(total=N, desc="evaluating", unit="episode", **BAR)
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        while bar.n < bar.total and not stop.is_set():
+        for _ in range(MAX_EPISODE_STEPS):
             action = select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
             envs.send(action.cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
-            start, running, steps = terminated | truncated, running + reward, steps + 1
-            if (steps == MAX_EPISODE_STEPS).any():
-                over |= steps == MAX_EPISODE_STEPS
-                tqdm.write(f"evaluation: an episode was cut after {MAX_EPISODE_STEPS:,} steps", file=sys.stderr)
-            for i in np.flatnonzero(over):
-                if len(returns[i]) < share[i]:
-                    returns[i].append(float(running[i]))
-                    bar.update()
-            running[over], steps[over] = 0, 0
+            start, returns = terminated | truncated, returns + reward * playing
+            bar.update(int((playing & over).sum()))
+            playing &= ~over
+            if stop.is_set() or not playing.any():
+                break
     q_network.train()
-    return [value for each in returns for value in each]
+    if playing.any() and not stop.is_set():
+        print(f"evaluation: {playing.sum()} games were cut after {MAX_EPISODE_STEPS:,} steps", file=sys.stderr)
+    return returns.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------- agent
-
-
 class CudaGraph:
     """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
 
@@ -534,21 +504,17 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
-        self.function, self.warmup = function, warmup
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Tensor] | None = None
-        self.pinned: list[Tensor] = []
+        self.function, self.warmup, self.graph, self.inputs = function, warmup, None, None
         self.stream, self.copied = torch.cuda.Stream(), torch.cuda.Event()
 
     def __call__(self, *inputs):
-        tensors = [torch.as_tensor(x) for x in inputs]
+        inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
-            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
-        if tensors:
-            self.copied.synchronize()  # the last call's copies still read the pinned buffers
-        for staged, static, x in zip(self.pinned, self.inputs, tensors, strict=True):
-            static.copy_(x if x.is_cuda else staged.copy_(x), non_blocking=True)
+            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
+            self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in inputs]
+        self.copied.synchronize()  # the last call's copies still read the pinned buffers
+        for static, pinned, x in zip(self.inputs, self.pinned, inputs, strict=True):
+            static.copy_(x if x.is_cuda else pinned.copy_(x), non_blocking=True)
         self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
@@ -571,9 +537,16 @@ class Agent:
 
     PARTS = ("q_network", "target_network", "optimizer", "replay")
 
-    def __init__(self, args: Args, envs: Environments, device: torch.device):
+    def __init__(self, args: Args, envs: Environments):
+        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
+        if args.cuda and device.type == "cpu":
+            print("no CUDA device: running on the CPU", file=sys.stderr)
+        if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
+        torch.backends.cudnn.benchmark = True
         self.args, self.device = args, device
-        graphs = device.type == "cuda" and args.cuda_graphs
+        self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         self.obs = torch.zeros(args.num_envs, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
         networks = (QNetwork(args, self.obs.shape[1:], envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
@@ -583,8 +556,9 @@ class Agent:
         place, window = replay_device(args, envs.frame_shape, device), {"n_step": args.n_step, "gamma": args.gamma}
         self.replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
         self.store = self.replay.add
-        self.loss = torch.compile(td_loss, dynamic=False) if device.type == "cuda" and args.compile else td_loss
+        self.loss = torch.compile(td_loss, dynamic=False) if compiled else td_loss
         if graphs:
+            warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
             self.act = CudaGraph(self.act)
             if place == device:
                 self.store, self.learn = CudaGraph(self.store), CudaGraph(self.learn)
@@ -612,33 +586,23 @@ class Agent:
     def save(self, path: Path, global_step: int) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
         if not all(weight.isfinite().all() for weight in self.q_network.parameters()):
-            raise FloatingPointError(f"a weight is not finite at agent step {global_step}; the checkpoint stays")
+            raise FloatingPointError(f"a weight is not finite at agent step {global_step}")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"global_step": global_step}
-        cuda_random = [torch.cuda.get_rng_state()] if self.device.type == "cuda" else []
-        state["random"] = [torch.get_rng_state(), *cuda_random]
-        with whole_file(path) as file:
-            torch.save(state, file)
+        state["random"] = [generator.get_state() for generator in self.generators]
+        write_file(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> int:
-        """Restore what `save` wrote; returns its agent step. ValueError for damaged and foreign files."""
-        capturable = self.optimizer.param_groups[0]["capturable"]
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise ValueError(f"{path} is damaged or not of this run: {type(error).__name__}: {error}") from error
+        """Restore what `save` wrote; returns its agent step."""
+        state, capturable = torch.load(path, "cpu", weights_only=True, mmap=True), self.optimizer.defaults["capturable"]
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
-        random, *cuda_random = state["random"]
-        torch.set_rng_state(random)
-        if self.device.type == "cuda" and cuda_random:
-            torch.cuda.set_rng_state(cuda_random[0])
+        for generator, random in zip(self.generators, state["random"], strict=False):
+            generator.set_state(random)
         return state["global_step"]
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
-
-
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds are no bugs: one line on stderr, exit code 2."""
@@ -651,38 +615,24 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def warn(message: str) -> None:
-    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
+    """An event that SIGTERM, SIGINT, SIGHUP or SIGUSR1 sets, while the stack lasts; the same again ends the process."""
+    stop = threading.Event()
+    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has two of them
+        number = getattr(signal, name)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
+            stack.callback(signal.signal, number, old)
+    return stop
 
 
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT, SIGHUP or SIGUSR1 sets; the same again acts as usual."""
-    stop, old = threading.Event(), {}
-
-    def receive(number: int, _) -> None:
-        stop.set()
-        signal.signal(number, old[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                old[number] = signal.signal(number, receive)
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name when it is whole and on the disk; a failure leaves the old one, if any."""
+def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write(file)`; the file gets its name when it is whole and on the disk: a failure leaves the old one."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            yield file
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -691,18 +641,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as file:
-        file.write(f"{json.dumps(content, indent=2)}\n".encode())
+    write_file(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
 
 
 def write_weights(path: Path, q_network: QNetwork) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with whole_file(path) as file:
-        torch.save({name: weight.cpu() for name, weight in q_network.state_dict().items()}, file)
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    weights = {name: weight.cpu() for name, weight in q_network.state_dict().items()}
+    write_file(path, lambda file: torch.save(weights, file))
 
 
 def check_args(args: Args) -> None:
@@ -712,7 +656,7 @@ def check_args(args: Args) -> None:
         (f"{sizes} target_network_frequency", 1, 2**63 - 1),
         ("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1),
         ("checkpoint_every", 2 * args.num_envs if args.checkpoint_every else 0, 2**63 - 1),  # some step is not cut
-        ("learning_starts", args.num_envs * (args.n_step + 1), 2**63 - 1),  # one transition can be drawn
+        ("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1),  # a transition can be drawn
         ("noop_max", 0, 1_000),
         ("sticky_actions end_epsilon eval_epsilon gamma", 0, 1),
         ("capacity_factor learning_rate adam_eps importance_weight load_weight", 1e-30, 1e30),
@@ -720,7 +664,7 @@ def check_args(args: Args) -> None:
     ):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
-                raise ValueError(f"{flag(name)} must be from {low} to {high}, not {getattr(args, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
     for names, works, needs in (
         ("tokenization capacity_factor", args.layer != "dense", "--layer softmoe or top1moe"),
         ("normalize_router learned_phi", args.layer == "softmoe", "--layer softmoe"),
@@ -730,172 +674,118 @@ def check_args(args: Args) -> None:
     ):
         for name in names.split():
             if not works and getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"{flag(name)} has no effect with these arguments: it needs {needs}")
+                raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
     if args.total_timesteps <= args.learning_starts:
-        warn(f"nothing will be learned: --total-timesteps {args.total_timesteps} ends before --learning-starts")
-
-
-def choose_device(args: Args) -> torch.device:
-    """The GPU where there is one; ValueError where what --compile needs is missing."""
-    if not (args.cuda and torch.cuda.is_available()):
-        if args.cuda:
-            print("no CUDA device: running on the CPU", file=sys.stderr)
-        return torch.device("cpu")
-    if args.compile and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
-    torch.backends.cudnn.benchmark = True
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # a graph's warm-up runs it uncaptured on purpose
-    return torch.device("cuda")
+        print("warning: nothing will be learned, --total-timesteps is not above --learning-starts", file=sys.stderr)
 
 
 def run_path(args: Args) -> Path:
     """The directory that --resume names, or one named after environment, agent, layer, experts and seed."""
-    if args.resume not in (None, "auto"):
-        return Path(args.resume)
     agent, env_id = Path(__file__).stem.removesuffix("_softmoe"), re.sub("[/:]", "-", args.env_id)
-    return Path(args.runs_dir) / (args.run_name or f"{env_id}__{agent}_{args.layer}{args.num_experts}__seed{args.seed}")
-
-
-def read_config(args: Args) -> dict | None:
-    """What config.json says of the run to go on with; None where there is nothing to go on with."""
-    path = run_path(args) / "config.json"
-    if args.resume is None or args.resume == "auto" and not path.exists():
-        return None
-    config = json.loads(path.read_text())
-    if config["script"] != Path(__file__).name:
-        raise ValueError(f"{path.parent} is a run of {config['script']}, not of {Path(__file__).name}")
-    return config
+    name = args.run_name or f"{env_id}__{agent}_{args.layer}{args.num_experts}__seed{args.seed}"
+    return Path(args.runs_dir) / name if args.resume in (None, "auto") else Path(args.resume)
 
 
 def parse_args() -> Args:
-    """Command line to Args; with --resume, what is not given is as in the resumed run."""
+    """Command line to Args; with --resume, what is not given is as in the run to go on with."""
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
-    config = read_config(args)
-    return args if config is None else tyro.cli(Args, default=Args(**config["args"] | {"resume": args.resume}))
+    config = run_path(args) / "config.json"
+    if args.resume is None or args.resume == "auto" and not config.exists():
+        return args
+    return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
 
 
-def check_resume(args: Args) -> bool:
-    """Whether the run to go on with is finished; ValueError where it cannot go on with these arguments."""
-    config, run_dir = read_config(args), run_path(args)
-    if config is None:
-        return False
-    saved = Args(**config["args"])
-    free = "resume runs_dir run_name total_timesteps checkpoint_every checkpoint_at_end weights_every eval_episodes"
-    free = f"{free} cuda compile cuda_graphs replay_device".split()
-    changed = [name for name in vars(args) if name not in free and getattr(args, name) != getattr(saved, name)]
-    if changed:
-        changed = ", ".join(f"{flag(name)} {getattr(args, name)} (was {getattr(saved, name)})" for name in changed)
-        raise ValueError(f"--resume {args.resume}: arguments contradict the run {run_dir}: {changed}")
-    finished = args.resume == "auto" and config["finished"] >= args.total_timesteps
-    if not finished and not (run_dir / "checkpoint.pt").exists() and (config["finished"] or args.resume != "auto"):
-        raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
-    return finished
-
-
-def open_run_dir(args: Args) -> tuple[Path, IO | None]:
-    """The run's directory, made if it is new, and the lock that holds it; ValueError where another process has it."""
-    first = run_path(args)
-    for run_dir in (first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))):
-        try:
-            run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
-            break
-        except FileExistsError:  # never one that exists
-            continue
-    if fcntl is None:
-        return run_dir, None
+def open_run(args: Args) -> tuple[Path, dict, IO]:
+    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
+    run_dir, number = run_path(args), 2
+    while args.resume is None and (run_dir / "config.json").exists():  # never a run that is there
+        run_dir, number = run_path(args).with_name(f"{run_path(args).name}-{number}"), number + 1
+    run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
     try:
+        import fcntl
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run_dir} is in use by another process") from None
-    except OSError as error:
-        warn(f"{run_dir} cannot be locked, so nothing keeps a second process away: {error}")
-    return run_dir, lock
-
-
-def write_config(run_dir: Path, args: Args, finished: int = 0) -> None:
-    """config.json; `finished` is the agent step at which the run was, 0 while it is not."""
+    except (OSError, ImportError) as error:  # a file system without such locks; Windows
+        print(f"warning: nothing keeps a second process from {run_dir}: {error}", file=sys.stderr)
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
-    config = {"script": Path(__file__).name, "args": asdict(args) | {"resume": None}, "versions": versions}
-    write_json(run_dir / "config.json", config | {"finished": finished})
+    config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
+    saved = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else config
+    may_change = (
+        "resume runs_dir run_name total_timesteps checkpoint_every checkpoint_at_end weights_every eval_episodes"
+    )
+    may_change = f"{may_change} cuda compile cuda_graphs replay_device".split()
+    old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
+    changed = [name for name in new if name not in may_change and new[name] != old.get(name)]
+    if changed:
+        changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
+        raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
+    return run_dir, config | {"finished": saved["finished"]}, lock
 
 
 SEGMENT_STEPS = 50_000  # agent steps of a segment: 350 MB before it is compressed
 
 
 class ReplayLog:
-    """`replay/` of a run: what went through the ring, as segments that a thread compresses, and metadata.json.
+    """`replay/` of a run: what went through the ring, in segments that a thread compresses, and metadata.json.
 
     `<first agent step>.npz` holds the ring's arrays, (N, rows, ...). Segments follow each other without a gap; a
     resumed run makes those after its checkpoint again.
     """
 
-    def __init__(self, run_dir: Path, args: Args, envs: Environments, rows: int, global_step: int):
-        self.folder, self.num_envs, self.written = run_dir / "replay", args.num_envs, global_step
-        self.every = min(SEGMENT_STEPS // args.num_envs, rows) * args.num_envs
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.pending = self.thread.submit(lambda: None)
-        self.folder.mkdir(exist_ok=True)
-        for path in self.folder.glob("*.npz*"):
-            if int(path.name.split(".")[0]) >= global_step:
+    def __init__(self, folder: Path, args: Args, envs: Environments, global_step: int):
+        self.folder, self.written, self.thread = folder, global_step, ThreadPoolExecutor(max_workers=1)
+        self.pending = self.thread.submit(int)
+        self.every = min(SEGMENT_STEPS, args.buffer_size) // args.num_envs * args.num_envs
+        for path in folder.glob("*.npz"):
+            if int(path.stem) >= global_step:
                 path.unlink()
+        rom = Path(ale_py.roms.get_rom_path(envs.game)).read_bytes() if envs.game else b""
         metadata = {"env_id": args.env_id, "num_actions": envs.num_actions, "num_envs": args.num_envs}
-        if envs.game:
-            rom = Path(ale_py.roms.get_rom_path(envs.game)).read_bytes()
-            metadata |= {"ale_py": ale_py.__version__, "rom_md5": hashlib.md5(rom).hexdigest()}
-        write_json(self.folder / "metadata.json", metadata | {"args": asdict(args)})
+        metadata |= {"ale_py": ale_py.__version__, "rom_md5": hashlib.md5(rom).hexdigest(), "args": vars(args)}
+        write_json(folder / "metadata.json", metadata)
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Hand over the rows since the last call; raises what went wrong with the segment before."""
-        if global_step == self.written:
-            return
-        arrays = replay.newest((global_step - self.written) // self.num_envs)
-        path, self.written = self.folder / f"{self.written:012d}.npz", global_step
+        """Hand over what is new; raises what went wrong with the segment before."""
         self.pending.result()
-        self.pending = self.thread.submit(self.save, path, arrays)
+        if global_step > self.written:
+            arrays = replay.newest((global_step - self.written) // replay.num_envs)
+            path, self.written = self.folder / f"{self.written:012d}.npz", global_step
+            save = functools.partial(np.savez_compressed, **arrays)
+            self.pending = self.thread.submit(write_file, path, save)
 
-    def save(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        with whole_file(path) as file:
-            np.savez_compressed(file, **arrays)
 
-
-def bar_style() -> dict:
-    """Progress bars fit the terminal; in a log file they print a line every 30 s."""
-    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}
+def open_csv(path: Path, header: str, global_step: int) -> tuple[IO[str], list[list[str]]]:
+    """A CSV file to append rows to, and its rows up to `global_step`; later ones are cut off."""
+    column, lines = header.split(",").index("global_step"), path.read_text().splitlines() if path.exists() else []
+    rows = [line.split(",") for line in lines[1:] if line.count(",") == header.count(",")]
+    rows = [row for row in rows if int(row[column]) <= global_step]
+    write_file(path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header], *rows)))
+    return open(path, "a", buffering=1), rows  # a row is in the file at once
 
 
 class RunLog:
     """episodes.csv, metrics.csv, TensorBoard and the progress bar; a resumed run forgets what it will make again."""
 
     def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.iteration_steps, self.started = args.iteration_steps, (global_step, time.monotonic())
         header = "global_step,episode_return,episode_length"
-        self.episodes, rows = self.open_csv(run_dir / "episodes.csv", header, global_step)
-        self.returns = [(int(step), float(value)) for step, value, _ in rows]
+        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, global_step)
+        self.returns = [float(row[1]) for row in rows]
         header = "iteration,global_step,episodes,mean_return,sps"
-        self.iterations, rows = self.open_csv(run_dir / "metrics.csv", header, global_step)
-        self.counted = sum(step <= int(rows[-1][1]) for step, _ in self.returns) if rows else 0  # episodes in it
+        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, global_step)
+        self.counted = sum(int(row[2]) for row in rows)  # episodes of past iterations
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
-        units = {"unit": "step", "unit_scale": True}
-        self.bar = tqdm(total=args.total_timesteps, initial=global_step, **units, **bar_style())
-
-    @staticmethod
-    def open_csv(path: Path, header: str, global_step: int) -> tuple[IO[str], list[list[str]]]:
-        """A file to append rows to, and its rows up to `global_step`; later ones are cut off."""
-        column = header.split(",").index("global_step")
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [line.split(",") for line in lines[1:]]
-        rows = [row for row in rows if len(row) == header.count(",") + 1 and int(row[column]) <= global_step]
-        with whole_file(path) as file:
-            file.write("".join(f"{line}\n" for line in [header, *map(",".join, rows)]).encode())
-        return open(path, "a", buffering=1), rows  # a row is in the file at once
+        self.iteration_steps, self.started = args.iteration_steps, (global_step, time.monotonic())
+        self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **BAR)
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, global_step)
 
     def episode(self, global_step: int, episode_return: float, length: int) -> None:
-        self.returns.append((global_step, episode_return))
+        self.returns.append(episode_return)
         self.episodes.write(f"{global_step},{episode_return:.10g},{length}\n")
         self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
 
@@ -905,118 +795,92 @@ class RunLog:
         values |= {f"moe/{name}": value for name, value in moe.routing_stats(output).items()} if output else {}
         values = dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
         self.scalars(global_step, values | {"charts/epsilon": epsilon, "charts/sps": self.sps(global_step)})
-        loss = values.get("losses/loss", 0.0)
+        loss, recent = values.get("losses/loss", 0.0), self.returns[-100:]
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at agent step {global_step}; the checkpoint stays")
-        recent = f"{np.mean([value for _, value in self.returns[-100:]]):.2f}" if self.returns else "-"
-        self.bar.set_postfix_str(f"return {recent}, loss {f'{loss:.4f}' if values else '-'}", refresh=False)
+        recent = f"return {np.mean(recent):.2f}, " if recent else ""
+        self.bar.set_postfix_str(f"{recent}loss {loss:.4f}", refresh=False)
+
+    def iteration(self, global_step: int) -> None:
+        """The paper's score: mean raw return of the training episodes that ended in the last `iteration_steps`."""
+        returns, self.counted = self.returns[self.counted :], len(self.returns)
+        number, mean = global_step // self.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
+        self.iterations.write(f"{number},{global_step},{len(returns)},{mean},{self.sps(global_step):.1f}\n")
+        self.scalars(global_step, {"charts/iteration_return": np.mean(returns)} if returns else {})
+        self.started = global_step, time.monotonic()
 
     def sps(self, global_step: int) -> float:
         """Agent steps per second since the iteration began."""
         return (global_step - self.started[0]) / (time.monotonic() - self.started[1])
 
-    def iteration(self, global_step: int) -> None:
-        """The paper's score: mean raw return of the training episodes that ended in the last iteration."""
-        returns, self.counted = [value for _, value in self.returns[self.counted :]], len(self.returns)
-        number, mean = global_step // self.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
-        self.iterations.write(f"{number},{global_step},{len(returns)},{mean},{self.sps(global_step):.1f}\n")
-        if returns:
-            self.scalars(global_step, {"charts/iteration_return": np.mean(returns)})
-        self.started = global_step, time.monotonic()
-
-    def sync(self) -> None:
-        """All that was logged is on the disk."""
-        self.tensorboard.flush()
-        for file in (self.episodes, self.iterations):
-            os.fsync(file.fileno())
-
     def close(self) -> None:
-        self.bar.close()
-        self.tensorboard.close()
-        self.episodes.close()
-        self.iterations.close()
+        for part in (self.bar, self.tensorboard, self.episodes, self.iterations):
+            part.close()
 
 
 def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str:
     """What runs, for the console."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
-    network, replay, (h, w) = agent.q_network.moe, agent.replay.frames, envs.frame_shape
-    layer = f"dense layer of {args.expert_hidden_dim * args.num_experts}"
-    if args.layer != "dense":
-        layer = (
-            f"{args.layer}, {args.num_experts} experts of {args.expert_hidden_dim}, {network.num_slots} slots each, "
-        )
-        layer += f"{network.num_tokens} tokens of {network.token_dim}"
-    on_gpu = agent.device.type == "cuda"
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
+    frames, threads = agent.replay.frames, f"CPU, {torch.get_num_threads()} threads"
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
-  environment  {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {h}x{w}
-  encoder      {args.encoder}, width {args.encoder_width}
-  layer        {layer}
-  parameters   {sum(parts.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in parts.items() if size)}
-  replay       {args.buffer_size:,} transitions, {replay.nbytes / 1e9:.2f} GB of {"GPU" if replay.is_cuda else "host"} memory when full
-  training     {args.total_timesteps:,} agent steps, from step {args.learning_starts:,}
-               {args.replay_ratio:g} updates of {args.batch_size} per step
-  device       {torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"}
+  environment  {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
+  network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
+  parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items())}
+  replay       {args.buffer_size:,} transitions, {frames.nbytes / 1e9:.2f} GB on the {frames.device} when full
+  training     {args.total_timesteps:,} agent steps, {args.replay_ratio:g} updates of {args.batch_size} per step
+  device       {torch.cuda.get_device_name() if agent.device.type == "cuda" else threads}
   run          {run_dir}"""
 
 
 # ------------------------------------------------------------------------------------------------------- training
-
-
-def updates_due(args: Args, global_step: int) -> int:
-    """Updates in the round after `global_step` agent steps: `replay_ratio` for each step since learning starts."""
-    steps = global_step - args.learning_starts
-    return int((steps + args.num_envs) * args.replay_ratio) - int(steps * args.replay_ratio) if steps >= 0 else 0
-
-
-def finish(
-    args: Args, q_network: QNetwork, log: RunLog, run_dir: Path, global_step: int, stop: threading.Event
-) -> bool:
-    """After the last step: weights.pt, evaluation, eval.json; False where a signal stops it, to be done again."""
-    write_weights(run_dir / "weights.pt", q_network)
-    seed = reset_seed(args.seed, global_step, evaluation=True)
-    returns = evaluate(q_network, args, seed, stop) if args.eval_episodes else []
-    if len(returns) < args.eval_episodes:
-        return False
-    if returns:
-        mean, std = float(np.mean(returns)), float(np.std(returns))
-        result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
-        write_json(run_dir / "eval.json", result | {"global_step": global_step, "returns": returns})
-        log.scalars(global_step, {"charts/eval_return": mean})
-        print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
-    write_config(run_dir, args, finished=global_step)
-    if not args.checkpoint_at_end:
-        (run_dir / "checkpoint.pt").unlink(missing_ok=True)
-    return True
-
-
 LOG_EVERY = 1_000  # agent steps between TensorBoard points
-TRY_AGAIN = 75  # exit code of a run that a signal stopped, and that --resume continues (EX_TEMPFAIL of sysexits.h)
+TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
+
+
+def finish(args: Args, agent: Agent, log: RunLog, run_dir: Path, global_step: int, stop: threading.Event) -> None:
+    """After the last step: weights.pt, evaluation, eval.json."""
+    write_weights(run_dir / "weights.pt", agent.q_network)
+    seed = reset_seed(args.seed, global_step, evaluation=True)
+    returns = evaluate(agent.q_network, args, seed, stop) if args.eval_episodes else []
+    if returns and not stop.is_set():
+        result = {
+            "episodes": len(returns),
+            "mean_return": np.mean(returns).item(),
+            "std_return": np.std(returns).item(),
+        }
+        result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
+        write_json(run_dir / "eval.json", result)
+        log.scalars(global_step, {"charts/eval_return": result["mean_return"]})
+        print(f"evaluation: mean return {result['mean_return']:.2f} over {len(returns)} episodes")
 
 
 def main(args: Args) -> None:
     with one_line_errors(Exception):
         check_args(args)
-        if check_resume(args):
-            print(f"{run_path(args)} is finished")
-            return
-        device = choose_device(args)
         torch.manual_seed(args.seed)
         envs = Environments(args, args.num_envs)
-        agent = Agent(args, envs, device)
-        run_dir, lock = open_run_dir(args)  # the lock goes when this function ends
-        checkpoint_path = run_dir / "checkpoint.pt"
-        global_step = cut_step = agent.load(checkpoint_path) if checkpoint_path.exists() else 0
+        run_dir, config, lock = open_run(args)  # the lock goes when this function ends
+        if args.resume == "auto" and config["finished"] >= args.total_timesteps:
+            print(f"{run_dir} is finished")
+            return
+        agent, global_step = Agent(args, envs), 0
+        if (run_dir / "checkpoint.pt").exists():
+            global_step = agent.load(run_dir / "checkpoint.pt")
+        elif config["finished"] or args.resume not in (None, "auto"):
+            raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
         if global_step - args.total_timesteps >= args.num_envs:
             raise ValueError(f"--total-timesteps {args.total_timesteps}: the run has done {global_step} already")
-        write_config(run_dir, args)
+        write_json(run_dir / "config.json", config | {"finished": 0})
         print(describe(args, run_dir, envs, agent), flush=True)
-        replay_log = ReplayLog(run_dir, args, envs, agent.replay.rows, global_step) if args.save_replay else None
+        replay_log = ReplayLog(run_dir / "replay", args, envs, global_step) if args.save_replay else None
         log = RunLog(run_dir, args, global_step)
-    saved, metrics, output = True, {}, None
+    saved, cut_step, metrics, output = True, global_step, {}, None
 
     def due(every: int) -> bool:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
+
+    def updates(step: int) -> int:  # that are due after so many agent steps
+        return int(max(step - args.learning_starts, 0) * args.replay_ratio)
 
     def checkpoint() -> bool:
         """Cut the running episodes and save; False, after a warning, where that cannot be written."""
@@ -1025,27 +889,29 @@ def main(args: Args) -> None:
             if replay_log:
                 replay_log.write(agent.replay, global_step)
                 replay_log.pending.result()
-            log.sync()
-            agent.save(checkpoint_path, global_step)
+            log.tensorboard.flush()
+            agent.save(run_dir / "checkpoint.pt", global_step)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            warn(f"no checkpoint at agent step {global_step}, the last good one stays: {error}")
+            tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
             return False
         return True
 
-    with one_line_errors(OSError, FloatingPointError), contextlib.closing(log), stop_on_signals() as stop:
+    with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        stop = stop_on_signals(stack)
         try:
             while global_step < args.total_timesteps and not stop.is_set():
                 if global_step == cut_step:  # the seed follows from the step: a resumed run equals an unbroken one
                     frame, start = envs.reset(reset_seed(args.seed, global_step)), np.ones(args.num_envs, bool)
                     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-
                 if replay_log and due(replay_log.every):
                     replay_log.write(agent.replay, global_step)
 
-                epsilon = linear_schedule(args, global_step)
+                decay = (0, max(args.epsilon_decay_steps, 1)), (1, args.end_epsilon)
+                epsilon = np.interp(global_step - args.learning_starts, *decay)
                 action = agent.act(frame, start, epsilon).cpu().numpy()
                 envs.send(action)  # emulation goes on while the learner works
-                for _ in range(updates_due(args, global_step)):
+                for _ in range(updates(global_step + args.num_envs) - updates(global_step)):
                     metrics, output = agent.learn()
                 next_frame, reward, terminated, truncated, over = envs.recv()
                 agent.store(frame, action, reward.clip(-1, 1), terminated, truncated)
@@ -1071,21 +937,23 @@ def main(args: Args) -> None:
         except FloatingPointError:
             raise
         except Exception:  # whatever failed, the rounds done so far are not lost
-            if global_step > cut_step:
-                checkpoint()
+            saved = global_step > cut_step and checkpoint()
             raise
-        if global_step > cut_step:
-            saved = checkpoint()
+        saved = checkpoint() if global_step > cut_step else saved
         log.bar.close()
-        finished = not stop.is_set() and finish(args, agent.q_network, log, run_dir, global_step, stop)
+        if not stop.is_set():
+            finish(args, agent, log, run_dir, global_step, stop)
         print(f"{global_step:,} agent steps done, in {run_dir}")
         if not saved:
             raise SystemExit(1)
-        if not finished:
+        if stop.is_set():
             print(
                 f"stopped by a signal; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}"
             )
             raise SystemExit(TRY_AGAIN)
+        write_json(run_dir / "config.json", config | {"finished": global_step})
+        if not args.checkpoint_at_end:
+            (run_dir / "checkpoint.pt").unlink()
 
 
 if __name__ == "__main__":
