@@ -583,23 +583,23 @@ class Agent:
         self.optimizer.step()
         return metrics, output
 
-    def save(self, path: Path, global_step: int) -> None:
+    def save(self, path: Path, progress: dict) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
         if not all(weight.isfinite().all() for weight in self.q_network.parameters()):
-            raise FloatingPointError(f"a weight is not finite at agent step {global_step}")
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"global_step": global_step}
+            raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
         state["random"] = [generator.get_state() for generator in self.generators]
         write_file(path, lambda file: torch.save(state, file))
 
-    def load(self, path: Path) -> int:
-        """Restore what `save` wrote; returns its agent step."""
+    def load(self, path: Path) -> dict:
+        """Restore what `save` wrote; returns its progress."""
         state, capturable = torch.load(path, "cpu", weights_only=True, mmap=True), self.optimizer.defaults["capturable"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
         for generator, random in zip(self.generators, state["random"], strict=False):
             generator.set_state(random)
-        return state["global_step"]
+        return state["progress"]
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
@@ -695,6 +695,12 @@ def parse_args() -> Args:
     return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
 
 
+MAY_CHANGE = (  # when a run goes on
+    "resume runs_dir run_name cuda compile cuda_graphs replay_device checkpoint_every checkpoint_at_end weights_every "
+    "total_timesteps eval_episodes"
+).split()
+
+
 def open_run(args: Args) -> tuple[Path, dict, IO]:
     """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
     run_dir, number = run_path(args), 2
@@ -713,12 +719,8 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
     saved = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else config
-    may_change = (
-        "resume runs_dir run_name total_timesteps checkpoint_every checkpoint_at_end weights_every eval_episodes"
-    )
-    may_change = f"{may_change} cuda compile cuda_graphs replay_device".split()
     old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
-    changed = [name for name in new if name not in may_change and new[name] != old.get(name)]
+    changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
         raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
@@ -757,24 +759,32 @@ class ReplayLog:
             self.pending = self.thread.submit(write_file, path, save)
 
 
-def open_csv(path: Path, header: str, global_step: int) -> tuple[IO[str], list[list[str]]]:
-    """A CSV file to append rows to, and its rows up to `global_step`; later ones are cut off."""
-    column, lines = header.split(",").index("global_step"), path.read_text().splitlines() if path.exists() else []
-    rows = [line.split(",") for line in lines[1:] if line.count(",") == header.count(",")]
-    rows = [row for row in rows if int(row[column]) <= global_step]
+def open_csv(path: Path, header: str, column: int, step: int) -> tuple[IO[str], list[list[str]]]:
+    """A CSV file to append rows to, and its rows whose `column` is at most `step`; the others are cut off."""
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
+    rows = [row for row in rows if int(row[column]) <= step]
     write_file(path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header], *rows)))
     return open(path, "a", buffering=1), rows  # a row is in the file at once
+
+
+def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
+    """What an update returned, by TensorBoard tag; waits for the device once."""
+    values = {f"losses/{name}": value for name, value in metrics.items()}
+    values |= {f"moe/{name}": value for name, value in moe.routing_stats(output).items()} if output else {}
+    return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
 
 
 class RunLog:
     """episodes.csv, metrics.csv, TensorBoard and the progress bar; a resumed run forgets what it will make again."""
 
     def __init__(self, run_dir: Path, args: Args, global_step: int):
+        self.path = run_dir / "checkpoint.pt"
         header = "global_step,episode_return,episode_length"
-        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, global_step)
+        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, 0, global_step)
         self.returns = [float(row[1]) for row in rows]
         header = "iteration,global_step,episodes,mean_return,sps"
-        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, global_step)
+        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, global_step)
         self.counted = sum(int(row[2]) for row in rows)  # episodes of past iterations
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
         self.iteration_steps, self.started = args.iteration_steps, (global_step, time.monotonic())
@@ -789,15 +799,12 @@ class RunLog:
         self.episodes.write(f"{global_step},{episode_return:.10g},{length}\n")
         self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
 
-    def training(self, global_step: int, epsilon: float, metrics: dict, output: moe.MoEOutput | None) -> None:
+    def training(self, global_step: int, epsilon: float, values: dict[str, float]) -> None:
         """A point of every curve, from the last update. FloatingPointError where its loss is not finite."""
-        values = {f"losses/{name}": value for name, value in metrics.items()}
-        values |= {f"moe/{name}": value for name, value in moe.routing_stats(output).items()} if output else {}
-        values = dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
         self.scalars(global_step, values | {"charts/epsilon": epsilon, "charts/sps": self.sps(global_step)})
         loss, recent = values.get("losses/loss", 0.0), self.returns[-100:]
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at agent step {global_step}; the checkpoint stays")
+            raise FloatingPointError(f"the loss is {loss} at agent step {global_step}; {self.path} stays as it was")
         recent = f"return {np.mean(recent):.2f}, " if recent else ""
         self.bar.set_postfix_str(f"{recent}loss {loss:.4f}", refresh=False)
 
@@ -865,7 +872,7 @@ def main(args: Args) -> None:
             return
         agent, global_step = Agent(args, envs), 0
         if (run_dir / "checkpoint.pt").exists():
-            global_step = agent.load(run_dir / "checkpoint.pt")
+            global_step = agent.load(run_dir / "checkpoint.pt")["global_step"]
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
         if global_step - args.total_timesteps >= args.num_envs:
@@ -890,7 +897,7 @@ def main(args: Args) -> None:
                 replay_log.write(agent.replay, global_step)
                 replay_log.pending.result()
             log.tensorboard.flush()
-            agent.save(run_dir / "checkpoint.pt", global_step)
+            agent.save(run_dir / "checkpoint.pt", {"global_step": global_step})
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
             return False
@@ -926,7 +933,7 @@ def main(args: Args) -> None:
                     log.episode(global_step, episode_return[i], episode_length[i])
                 episode_return[over], episode_length[over] = 0, 0
                 if due(LOG_EVERY):
-                    log.training(global_step, epsilon, metrics, output)
+                    log.training(global_step, epsilon, to_floats(metrics, output))
                 if due(args.iteration_steps):
                     log.iteration(global_step)
                 if due(args.weights_every):
