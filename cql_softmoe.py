@@ -293,8 +293,9 @@ class Dataset(nn.Module):
 
     `folder` has flat arrays, frames.npy and so on. Row r of environment i is at place r * N + i, so N places on is a
     step later. Stacks and n-step windows are put together when a transition is drawn. Steps that are `drawable` have
-    weight 1, the others 0. What follows a `truncated` step is not in the data: it is never drawn, and windows that reach it
-    bootstrap from its frame. Shapes are fixed and nothing waits for the device, so `sample` runs in CUDA graphs.
+    weight 1, the others 0. What follows a `truncated` step is not in the data: it is never drawn, and windows that
+    reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so `sample` runs in CUDA
+    graphs.
     """
 
     FIELDS = {"frames": "uint8", "action": "int64", "reward": "float32", "terminated": "bool", "truncated": "bool"}
@@ -566,7 +567,8 @@ class CudaGraph:
         if self.inputs is None:
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
             self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in inputs]
-        self.copied.synchronize()  # the last call's copies still read the pinned buffers
+        if inputs:
+            self.copied.synchronize()  # the last call's copies still read the pinned buffers
         for static, pinned, x in zip(self.inputs, self.pinned, inputs, strict=True):
             static.copy_(x if x.is_cuda else pinned.copy_(x), non_blocking=True)
         self.copied.record()
@@ -600,10 +602,10 @@ class Agent:
             raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
         torch.backends.cudnn.benchmark = True
         self.args, self.device = args, device
-        self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         networks = (QNetwork(args, (STACK_SIZE, *envs.frame_shape), envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
         self.target_network.load_state_dict(self.q_network.state_dict())
+        self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
         folder, num_envs = open_dataset(args, envs)
@@ -900,7 +902,7 @@ def main(args: Args) -> None:
         try:
             log.tensorboard.flush()
             agent.save(run_dir / "checkpoint.pt", {"update": update, "values": values, "transitions": transitions})
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        except OSError as error:
             tqdm.write(f"warning: the last good checkpoint stays, not one of update {update}: {error}", sys.stderr)
             return False
         return True

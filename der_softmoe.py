@@ -593,7 +593,8 @@ class CudaGraph:
         if self.inputs is None:
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
             self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in inputs]
-        self.copied.synchronize()  # the last call's copies still read the pinned buffers
+        if inputs:
+            self.copied.synchronize()  # the last call's copies still read the pinned buffers
         for static, pinned, x in zip(self.inputs, self.pinned, inputs, strict=True):
             static.copy_(x if x.is_cuda else pinned.copy_(x), non_blocking=True)
         self.copied.record()
@@ -627,11 +628,11 @@ class Agent:
             raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
         torch.backends.cudnn.benchmark = True
         self.args, self.device = args, device
-        self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         self.obs = torch.zeros(args.num_envs, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
         networks = (QNetwork(args, self.obs.shape[1:], envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
         self.target_network.load_state_dict(self.q_network.state_dict())
+        self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
         place, window = replay_device(args, envs.frame_shape, device), {"n_step": args.n_step, "gamma": args.gamma}
@@ -920,7 +921,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
     """What runs, for the console."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
     frames, threads = agent.replay.frames, f"CPU, {torch.get_num_threads()} threads"
-    components = [name for name in ("double", "dueling", "noisy", "prioritized", "augment") if getattr(args, name)]
+    components = [name for name in ("double", "dueling", "noisy", "prioritized") if getattr(args, name)]
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
   environment  {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
   network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
@@ -991,7 +992,7 @@ def main(args: Args) -> None:
                 replay_log.pending.result()
             log.tensorboard.flush()
             agent.save(run_dir / "checkpoint.pt", {"global_step": global_step})
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        except OSError as error:
             tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
             return False
         return True

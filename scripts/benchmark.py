@@ -33,48 +33,30 @@ if not (len(sys.argv) > 1 and sys.argv[1] in SCRIPTS):
     print(f"error: the first argument must be one of {', '.join(SCRIPTS)}", file=sys.stderr)
     raise SystemExit(2)
 sys.path.insert(0, str(ROOT))
-agent = importlib.import_module(sys.argv.pop(1))
+script = importlib.import_module(sys.argv.pop(1))
 
 
 @dataclass
-class BenchmarkArgs(agent.Args):
+class BenchmarkArgs(script.Args):
     # Benchmark
-    turns: int = 5
-    """times that each measurement is taken"""
-    steps: int = 1_000
-    """agent steps of learning that are timed in each turn, after as many without learning and as many to warm up"""
+    turns: int = 5  # times that each measurement is taken
+    steps: int = 1_000  # agent steps of learning timed in a turn, after as many without learning and as many to warm up
 
 
-def bare_update_seconds(args: BenchmarkArgs, device: torch.device, repeats: int) -> float:
+def bare_update_seconds(args: BenchmarkArgs, repeats: int) -> float:
     """Median seconds of forward, target, backward and Adam on a batch that stays where it is."""
-    envs = agent.make_envs(args, 1)
-    shape, num_actions = (agent.STACK_SIZE, *envs.frame_shape), envs.num_actions
-    envs.close()
-    q_network, target_network = (agent.QNetwork(args, shape, num_actions).to(device) for _ in range(2))
-    graphs = device.type == "cuda" and args.cuda_graphs
-    adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
-    optimizer = torch.optim.Adam(q_network.parameters(), **adam)
-    B = args.batch_size
-    frames = [torch.randint(0, 256, (B, *shape), dtype=torch.uint8, device=device) for _ in range(2)]
-    action = torch.randint(num_actions, (B,), device=device)
-    reward, discount = torch.rand(B, device=device), torch.full((B,), args.gamma, device=device)
-    batch = agent.Batch(frames[0], action, reward, discount, frames[1], action)
-    compiled = device.type == "cuda" and args.compile
-    loss_function = torch.compile(agent.td_loss, dynamic=False) if compiled else agent.td_loss
-
-    def update():
-        optimizer.zero_grad(set_to_none=True)
-        loss, metrics = loss_function(q_network, target_network, batch, args)
-        loss.backward()
-        optimizer.step()
-        return metrics
-
-    update = agent.CudaGraph(update) if graphs else update
+    envs = script.Environments(args, 1)
+    agent = script.Agent(replace(args, buffer_size=50_000, replay_device="cpu"), envs)
+    B, shape = args.batch_size, (args.batch_size, script.STACK_SIZE, *envs.frame_shape)
+    frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=agent.device) for _ in range(2)]
+    action = torch.randint(envs.num_actions, (B,), device=agent.device)
+    reward, discount = torch.rand(B, device=agent.device), torch.full((B,), args.gamma, device=agent.device)
+    batch = script.Batch(frames[0], action, reward, discount, frames[1], action)
     seconds = []
     for _ in range(repeats + 20):  # the first ones warm up, and capture the graph
         start = time.perf_counter()
-        update()
-        if device.type == "cuda":
+        agent.update(*batch)
+        if agent.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[20:])
@@ -86,25 +68,25 @@ def loop_steps_per_second(args: BenchmarkArgs) -> float:
         short = {"total_timesteps": 3 * args.steps, "learning_starts": args.steps, "buffer_size": 50_000}
         short |= {"iteration_steps": args.steps, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            agent.main(replace(args, **short))
+            script.main(replace(args, **short))
         (metrics,) = Path(runs_dir).glob("*/metrics.csv")
         with open(metrics, newline="") as file:
             return float(list(csv.DictReader(file))[-1]["sps"])
 
 
 def run(args: BenchmarkArgs) -> None:
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     ratios, rates, bares = [], [], []
     for turn in range(args.turns):
-        before = bare_update_seconds(args, device, 30)
+        before = bare_update_seconds(args, 30)
         rate = loop_steps_per_second(args)
-        bare = (before + bare_update_seconds(args, device, 30)) / 2
+        bare = (before + bare_update_seconds(args, 30)) / 2
         ratio = rate * args.replay_ratio * bare
         print(f"turn {turn + 1}: bare update {1e3 * bare:.1f} ms, loop {rate:.1f} agent steps/s, ratio {ratio:.3f}")
         ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    on_gpu, threads = args.cuda and torch.cuda.is_available(), f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if on_gpu else threads
     network = f"{args.layer}, {args.encoder}, {args.num_experts} experts"
-    print(f"{agent.__name__}, {args.env_id}, {network}, seed {args.seed}, on {where}")
+    print(f"{script.__name__}, {args.env_id}, {network}, seed {args.seed}, on {where}")
     ratio = statistics.median(ratios)
     print(
         f"median of {args.turns}: bare update {1e3 * statistics.median(bares):.1f} ms, "
