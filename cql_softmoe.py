@@ -902,10 +902,10 @@ def main(args: Args) -> None:
         try:
             log.tensorboard.flush()
             agent.save(run_dir / "checkpoint.pt", {"update": update, "values": values, "transitions": transitions})
+            return True
         except OSError as error:
             tqdm.write(f"warning: the last good checkpoint stays, not one of update {update}: {error}", sys.stderr)
             return False
-        return True
 
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
@@ -946,9 +946,7 @@ def main(args: Args) -> None:
         if not saved:
             raise SystemExit(1)
         if stop.is_set():
-            print(
-                f"stopped by a signal; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}"
-            )
+            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
             raise SystemExit(TRY_AGAIN)
         write_json(run_dir / "config.json", config | {"finished": update})
         if not args.checkpoint_at_end:

@@ -899,10 +899,10 @@ def main(args: Args) -> None:
                 replay_log.pending.result()
             log.tensorboard.flush()
             agent.save(run_dir / "checkpoint.pt", {"global_step": global_step})
+            return True
         except OSError as error:
             tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
             return False
-        return True
 
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
@@ -914,8 +914,7 @@ def main(args: Args) -> None:
                     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
                 if replay_log and due(replay_log.every):
                     replay_log.write(agent.replay, global_step)
-
-                decay = (0, max(args.epsilon_decay_steps, 1)), (1, args.end_epsilon)
+                decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
                 epsilon = np.interp(global_step - args.learning_starts, *decay)
                 action = agent.act(frame, start, epsilon).cpu().numpy()
                 envs.send(action)  # emulation goes on while the learner works
@@ -955,9 +954,7 @@ def main(args: Args) -> None:
         if not saved:
             raise SystemExit(1)
         if stop.is_set():
-            print(
-                f"stopped by a signal; continue with: {shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}"
-            )
+            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
             raise SystemExit(TRY_AGAIN)
         write_json(run_dir / "config.json", config | {"finished": global_step})
         if not args.checkpoint_at_end:
