@@ -371,7 +371,7 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
         temporary.mkdir(parents=True)
         try:
             unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
-            with contextlib.suppress(FileExistsError, OSError if cache.exists() else FileExistsError):
+            if not cache.exists():
                 temporary.rename(cache)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
