@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import only_run, quick
+from conftest import AGENTS, checkpoint, only_run, quick
 
 import der_softmoe
 import dqn_softmoe
@@ -15,134 +16,100 @@ from dqn_softmoe import CudaGraph, ReplayBuffer
 from rainbow_softmoe import PrioritizedReplayBuffer
 
 pytestmark = pytest.mark.cuda
+ENVS = SimpleNamespace(frame_shape=(84, 84), num_actions=4)
 
 
-def filled_replay(replay_type, n_step=1):
-    replay = replay_type(4000, 4, (84, 84), n_step=n_step, device="cuda")
+def learner(script, cuda_graphs, **settings):
+    """An agent with 300 rows of noise in its replay."""
+    torch.manual_seed(0)
+    small = {"encoder": "nature", "num_experts": 4, "expert_hidden_dim": 64, "buffer_size": 4000, "num_envs": 4}
+    agent = script.Agent(script.Args(**{"compile": False} | small | settings, cuda_graphs=cuda_graphs), ENVS)
     rng = np.random.default_rng(0)
     for _ in range(300):
-        frame = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8)
-        flags = rng.random((2, 4)) < 0.02
-        replay.add(frame, rng.integers(0, 4, 4), rng.standard_normal(4), *flags)
-    return replay
-
-
-class Learner:
-    """The update of a script's main loop on a fixed replay."""
-
-    def __init__(self, agent, layer, compiled=False, **settings):
-        torch.manual_seed(0)
-        self.args = agent.Args(layer=layer, encoder="nature", num_experts=4, expert_hidden_dim=64, **settings)
-        self.q_network, self.target = (agent.QNetwork(self.args, (4, 84, 84), 4).cuda() for _ in range(2))
-        self.target.load_state_dict(self.q_network.state_dict())
-        adam = {"lr": 1e-4, "eps": 1.5e-4, "fused": True, "capturable": True}
-        self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        self.prioritized = agent is not dqn_softmoe
-        self.replay = filled_replay(agent.PrioritizedReplayBuffer if self.prioritized else agent.ReplayBuffer)
-        self.loss = torch.compile(agent.td_loss, dynamic=False) if compiled else agent.td_loss
-
-    def update(self):
-        self.optimizer.zero_grad(set_to_none=True)
-        batch = self.replay.sample(32)
-        loss, metrics = self.loss(self.q_network, self.target, batch, self.args)
-        loss.backward()
-        self.optimizer.step()
-        if self.prioritized:
-            self.replay.update_priorities(batch.index, metrics["losses"])
-        return metrics
+        frame, (terminated, truncated) = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((2, 4)) < 0.02
+        agent.store(frame, rng.integers(0, 4, 4), rng.standard_normal(4), terminated, truncated & ~terminated)
+    return agent
 
 
 # A compiled loss draws its noise in another order than an eager one.
-LEARNERS = [(dqn_softmoe, compiled, {}) for compiled in (False, True)]
-LEARNERS += [(rainbow_softmoe, False, {}), (rainbow_softmoe, True, {"noisy": False}), (der_softmoe, False, {})]
-LEARNERS += [(der_softmoe, False, {"augment": True}), (rainbow_softmoe, False, {"double": False, "dueling": False})]
+LEARNERS = [(dqn_softmoe, {}), (dqn_softmoe, {"compile": True}), (dqn_softmoe, {"replay_device": "cpu"})]
+LEARNERS += [(rainbow_softmoe, {}), (rainbow_softmoe, {"compile": True, "noisy": False}), (der_softmoe, {})]
+LEARNERS += [(der_softmoe, {"augment": True}), (rainbow_softmoe, {"double": False, "dueling": False})]
 
 
 @pytest.mark.parametrize("layer", ["softmoe", "top1moe", "dense"])
-@pytest.mark.parametrize("agent, compiled, settings", LEARNERS)
-def test_graph_and_eager_agree_after_100_updates(agent, layer, compiled, settings):
-    eager, graphed = Learner(agent, layer, **settings), Learner(agent, layer, compiled, **settings)
-    update = CudaGraph(graphed.update, warmup=5)
-    torch.manual_seed(1)
-    for _ in range(100):
-        eager.update()
-    torch.manual_seed(1)
-    for _ in range(100):
-        metrics = update()
-    assert update.graph is not None and torch.isfinite(metrics["loss"])
+@pytest.mark.parametrize("script, settings", LEARNERS)
+def test_graph_and_eager_agree_after_100_updates(script, layer, settings):
+    eager = learner(script, False, layer=layer, num_experts=None, **settings | {"compile": False})
+    graphed = learner(script, True, layer=layer, num_experts=None, **settings)
+    for agent in (eager, graphed):
+        torch.manual_seed(1)
+        for _ in range(100):
+            metrics, _ = agent.learn()
+    launched = graphed.learn if isinstance(graphed.learn, script.CudaGraph) else graphed.update
+    assert launched.graph is not None and torch.isfinite(metrics["loss"])
     for a, b in zip(eager.q_network.parameters(), graphed.q_network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-4)
 
 
-@pytest.mark.parametrize("agent", [dqn_softmoe, rainbow_softmoe, der_softmoe])
-def test_nothing_in_update_act_and_store_waits_for_the_device(agent):
-    learner = Learner(agent, "softmoe")
+@pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
+def test_nothing_in_learn_act_and_store_waits_for_the_device(script):
+    agent = learner(script, False)
     frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
     zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
-    stack = agent.FrameStack(4, (84, 84), torch.device("cuda"))
-    learner.update()
+    agent.learn()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            learner.update()
-            with torch.no_grad():
-                q_values = learner.q_network.q_values(stack.push(frame, flags))
-            action = agent.select_actions(q_values, 0.1)
-            learner.replay.add(frame, action, zeros, flags, flags, flags)
+            agent.learn()
+            agent.store(frame, agent.act(frame, flags, 0.1), zeros, flags, flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_routing_statistics_leave_the_random_state_of_a_graph_alone():
-    learner = Learner(rainbow_softmoe, "softmoe")
-    update = CudaGraph(learner.update, warmup=3)
-    for _ in range(6):
-        update()
-    before = torch.cuda.get_rng_state()
-    rainbow_softmoe.measure_routing(learner.q_network, learner.replay, learner.args, torch.device("cuda"))
-    assert torch.equal(torch.cuda.get_rng_state(), before)
-    update()
-    assert not torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("replay_type", [ReplayBuffer, PrioritizedReplayBuffer])
 def test_a_graphed_replay_is_the_host_s(replay_type):
     """Storing through a graph gives the same ring, and the same priorities, as storing on the host."""
-    host, device = (replay_type(400, 2, (6, 6), n_step=3, device=d) for d in ("cpu", "cuda"))
+    host, device = (replay_type(400, 2, (6, 6), n_step=3).to(name) for name in ("cpu", "cuda"))
     store, rng = CudaGraph(device.add, warmup=3), np.random.default_rng(0)
     for _ in range(500):
-        frame = rng.integers(0, 256, (2, 6, 6), dtype=np.uint8)
-        flags = rng.random((3, 2)) < np.array([[0.1], [0.1], [0.9]])
-        row = (frame, rng.integers(0, 4, 2), rng.standard_normal(2), *flags)
+        frame, (terminated, truncated) = rng.integers(0, 256, (2, 6, 6), dtype=np.uint8), rng.random((2, 2)) < 0.1
+        row = (frame, rng.integers(0, 4, 2), rng.standard_normal(2), terminated, truncated & ~terminated)
         host.add(*row)
         store(*row)
-    queue = host.queue[:, :-1]  # the last column takes writes that are none
     for name, value in device.state_dict().items():
-        value, expected = (value[:, :-1], queue) if name == "queue" else (value, host.state_dict()[name])
-        assert torch.equal(value, expected), name
+        assert torch.equal(value, host.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("agent", [dqn_softmoe, rainbow_softmoe])
+SWITCHES = [(script, {}) for script in AGENTS] + [("rainbow_softmoe", {"prioritized": False})]
+
+
+@pytest.mark.parametrize("agent, settings", SWITCHES, indirect=["agent"])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("replay_device", ["auto", "cpu"])
-def test_every_combination_of_switches_trains_and_resumes(agent, compile, cuda_graphs, replay_device, tmp_path):
+def test_every_combination_of_switches_trains_and_resumes(
+    agent, settings, compile, cuda_graphs, replay_device, tmp_path
+):
     switches = {"cuda": True, "compile": compile, "cuda_graphs": cuda_graphs, "replay_device": replay_device}
-    args = agent.Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **switches))
+    args = agent.Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **switches, **settings))
     agent.main(args)
     run_dir = only_run(tmp_path)
     agent.main(replace(args, resume=str(run_dir), total_timesteps=600))
     agent.main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # and on another device
-    assert (run_dir / "checkpoint-000000000700").is_dir()
+    assert checkpoint(run_dir)["progress"]["global_step"] == 700
 
 
-@pytest.mark.parametrize("agent", [rainbow_softmoe, der_softmoe])
-@pytest.mark.parametrize("replay_device", ["auto", "cpu"])
-def test_uniform_replay_trains_with_either_place_of_the_replay(agent, replay_device, tmp_path):
-    settings = {"prioritized": False, "cuda": True, "replay_device": replay_device}
-    agent.main(agent.Args(**quick(runs_dir=str(tmp_path), total_timesteps=400, **settings)))
-    assert (only_run(tmp_path) / "eval.json").exists()
+def test_a_checkpoint_holds_the_random_state_of_the_device(tmp_path):
+    saved, other = (learner(dqn_softmoe, graphs) for graphs in (True, False))
+    for _ in range(20):
+        saved.learn()
+    saved.save(tmp_path / "checkpoint.pt", {"global_step": 0})
+    expected = torch.rand(3, device="cuda")
+    torch.manual_seed(5)
+    other.load(tmp_path / "checkpoint.pt")
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 @pytest.mark.parametrize("layer", ["softmoe", "dense"])

@@ -1,13 +1,15 @@
 """Environments: ale-py's vector environment against Gymnasium's wrappers, episode ends, frame stacks."""
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from dqn_softmoe import Args, Environments, FrameStack, make_envs, reset_seed
+import dqn_softmoe
+from dqn_softmoe import Args, Environments, push, reset_seed
 
-gym.register_envs(__import__("ale_py"))
+gym.register_envs(ale_py)
 
 
 def wrapped(game_id):
@@ -16,174 +18,168 @@ def wrapped(game_id):
     return gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84, grayscale_obs=True)
 
 
-@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v0", "ALE/SpaceInvaders-v5"])
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "AsterixNoFrameskip-v0", "ALE/SpaceInvaders-v5"])
 def test_frames_rewards_and_ends_are_those_of_gymnasium(env_id):
+    """The step that ends a game returns the first frame of the next."""
     pytest.importorskip("cv2")
-    envs, reference = make_envs(Args(env_id=env_id, sticky_actions=0.0), 1), wrapped(env_id)
-    frame, expected = envs.reset(seed=3), reference.reset(seed=3)[0]
+    envs, reference = Environments(Args(env_id=env_id, sticky_actions=0.0), 1), wrapped(env_id)
+    frame, expected, games = envs.reset(3), reference.reset(seed=3)[0], 0
     assert envs.frame_shape == (84, 84) and envs.num_actions == reference.action_space.n
     np.testing.assert_array_equal(frame[0], expected)
     rng = np.random.default_rng(0)
-    for _ in range(400):
+    for _ in range(700):
         action = rng.integers(envs.num_actions)
         envs.send(np.array([action]))
-        step = envs.recv()
-        expected, reward, terminated, truncated, _ = reference.step(action)
-        np.testing.assert_array_equal(step.frame[0], expected)
-        assert (step.reward[0], step.terminated[0], step.truncated[0]) == (reward, terminated, truncated)
-        if terminated:  # the next step ignores its action and returns the first frame
-            assert step.game_over[0]
-            envs.send(np.array([action]))
-            step = envs.recv()
-            assert step.reward[0] == 0 and not step.terminated[0]
-            np.testing.assert_array_equal(step.frame[0], reference.reset()[0])
+        frame, reward, *ends = envs.recv()
+        expected, expected_reward, terminated, truncated, _ = reference.step(action)
+        assert (reward[0], *(end[0] for end in ends)) == (expected_reward, terminated, truncated, terminated)
+        if terminated:
+            expected, games = reference.reset()[0], games + 1
+        np.testing.assert_array_equal(frame[0], expected)
+    assert games >= 1
 
 
-def play(args, num_envs, steps, seed=0):
-    """Random play; the steps and the frames before each."""
-    envs, rng = make_envs(args, num_envs), np.random.default_rng(seed)
-    frame, steps_taken = envs.reset(reset_seed(args.seed, 0)), []
-    for _ in range(steps):
+def play(args, num_envs, num_steps):
+    """Random play from the run's first seed: what `recv` returned, and copies of the frames as they came."""
+    envs, rng, steps, copies = Environments(args, num_envs), np.random.default_rng(0), [], []
+    envs.reset(reset_seed(args.seed, 0))
+    for _ in range(num_steps):
         envs.send(rng.integers(envs.num_actions, size=num_envs))
-        step = envs.recv()
-        steps_taken.append((frame.copy(), step))
-        frame = step.frame
-    return steps_taken
+        steps.append(envs.recv())
+        copies.append(steps[-1][0].copy())
+    return steps, copies
 
 
-def test_a_lost_life_ends_the_episode_but_not_the_game():
-    lives = play(Args(terminal_on_life_loss=True), 2, 700)
-    terminated = np.array([step.terminated for _, step in lives])
-    over = np.array([step.game_over for _, step in lives])
-    assert (over <= terminated).all()
+def test_frames_stay_when_the_next_ones_come():
+    steps, copies = play(Args(), 2, 20)
+    np.testing.assert_array_equal(np.stack([step[0] for step in steps]), np.stack(copies))
+    assert (copies[0] != copies[-1]).any()
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "BankHeistNoFrameskip-v4"])
+def test_a_lost_life_ends_the_episode_but_not_the_game(env_id):
+    """Both have five lives; Bank Heist shows 0 of them during its last."""
+    steps, _ = play(Args(env_id=env_id, terminal_on_life_loss=True), 2, 1500)
+    terminated, truncated, over = (np.array([step[i] for step in steps]) for i in (2, 3, 4))
+    assert (over <= terminated).all() and not truncated.any()
     for lane in range(2):
-        ends = np.flatnonzero(over[:, lane])
-        assert len(ends) >= 2
-        assert terminated[: ends[0] + 1, lane].sum() == 5  # Breakout has five lives
-        assert terminated[ends[0] + 1 : ends[1] + 1, lane].sum() == 5
+        ends = [0, *np.flatnonzero(over[:, lane]) + 1]
+        assert len(ends) >= 3
+        assert all(terminated[a:b, lane].sum() == 5 for a, b in zip(ends, ends[1:], strict=False))
 
 
-def test_a_game_may_go_on_without_lives():
-    """Bank Heist shows 0 lives during its last one: five losses in each game."""
-    args = Args(env_id="BankHeistNoFrameskip-v4", terminal_on_life_loss=True, sticky_actions=0.0)
-    envs, rng = make_envs(args, 1), np.random.default_rng(0)
-    envs.reset(1)
-    lost, games = 0, 0
-    for _ in range(2000):
-        envs.send(rng.integers(envs.num_actions, size=1))
-        step = envs.recv()
-        lost, games = lost + int(step.terminated[0]), games + int(step.game_over[0])
-        if step.game_over[0]:
-            assert lost == 5 * games
-    assert games >= 2
+def test_without_life_loss_only_game_over_terminates():
+    steps, _ = play(Args(), 2, 700)
+    assert all((terminated == over).all() for _, _, terminated, _, over in steps)
+    assert sum(step[4].sum() for step in steps) >= 4
 
 
 class Scripted:
-    """One game of which each step is given: what ale-py says of its end, and the lives left."""
+    """Two games with one script: what ale-py says of each step's end, and the lives, those of the next game after it."""
 
-    num_envs, single_action_space = 1, gym.spaces.Discrete(2)
-    single_observation_space = gym.spaces.Box(0, 255, (1, 2, 2), np.uint8)
+    single_action_space, single_observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (1, 2, 2), np.uint8)
 
     def __init__(self, steps):
-        self.steps = iter(steps)
+        self.steps, self.frame = iter(steps), np.zeros((2, 1, 2, 2), np.uint8)
 
     def reset(self, seed):
-        return np.zeros((1, 1, 2, 2), np.uint8), {"lives": np.array([3])}
+        return self.frame, {"lives": np.full(2, 3)}
 
-    def step(self, action):
-        terminated, truncated, lives = next(self.steps)
-        ends = np.array([terminated]), np.array([truncated])
-        return np.zeros((1, 1, 2, 2), np.uint8), np.zeros(1), *ends, {"lives": np.array([lives])}
+    def send(self, action):
+        pass
+
+    def recv(self):
+        terminated, truncated, lives = (np.full(2, value) for value in next(self.steps))
+        return self.frame, np.zeros(2), terminated, truncated, {"lives": lives}
 
 
-PLAYED, LIMIT = (False, False, 3), 27_000
+LOST, OVER, CUT = (False, False, 2), (True, False, 3), (False, True, 3)
 ENDS = {  # steps as ale-py reports them -> terminated, truncated, game over after the last one
-    "nothing": ([PLAYED], (False, False, False)),
-    "a life lost": ([(True, False, 2)], (True, False, False)),
-    "the last life lost": ([(True, False, 2), (True, False, 1), (True, False, 0)], (True, False, True)),
+    "nothing": ([(False, False, 3)], (False, False, False)),
+    "a life lost": ([LOST], (True, False, False)),
+    "nothing after a life lost": ([LOST, LOST], (False, False, False)),
     "the last life lost, and it goes on": ([(False, False, 0)], (True, False, False)),
-    "over without lives": ([(False, False, 0), (True, False, 0)], (True, False, True)),
-    "over with the lives it always shows": ([(True, False, 3)], (True, False, True)),  # Adventure
-    "cut": ([PLAYED] * (LIMIT - 1) + [(False, True, 3)], (False, True, True)),
-    "cut as a life is lost": ([PLAYED] * (LIMIT - 1) + [(True, False, 2)], (True, False, True)),
-    "a life lost before the cut": ([PLAYED] * (LIMIT - 2) + [(True, False, 2)], (True, False, False)),
-    "the reset is no step of a game": (  # the next game's last but one
-        [(True, False, 3)] + [PLAYED] * (LIMIT - 1) + [(True, False, 2)],
-        (True, False, False),
-    ),
-    "cut in the second game": ([(True, False, 3)] + [PLAYED] * LIMIT + [(True, False, 2)], (True, False, True)),
+    "over": ([LOST, OVER], (True, False, True)),
+    "over with the lives it always shows": ([OVER], (True, False, True)),  # Adventure
+    "over and a next game with fewer lives": ([(True, False, 2)], (True, False, True)),
+    "a life lost in the next game": ([LOST, OVER, LOST], (True, False, False)),
+    "more lives": ([LOST, (False, False, 4)], (False, False, False)),
+    "cut": ([CUT], (False, True, True)),
+    "cut after a life lost": ([LOST, CUT], (False, True, True)),
+    "cut as it ends": ([(True, True, 3)], (True, False, True)),
 }
 
 
 @pytest.mark.parametrize("steps, expected", ENDS.values(), ids=ENDS)
-def test_ends_of_games_with_life_loss(steps, expected):
-    envs = Environments(Scripted(steps), "", life_loss=True)
+def test_ends_of_games_with_life_loss(steps, expected, monkeypatch):
+    monkeypatch.setattr(dqn_softmoe, "AtariVectorEnv", lambda *_, **__: Scripted(steps))
+    envs = Environments(Args(terminal_on_life_loss=True), 2)
     envs.reset(0)
     for _ in steps:
-        envs.send(np.zeros(1, dtype=int))
-        step = envs.recv()
-    assert (step.terminated[0], step.truncated[0], step.game_over[0]) == expected
+        envs.send(np.zeros(2, dtype=int))
+        _, _, *ends = envs.recv()
+    assert [end.tolist() for end in ends] == [[flag, flag] for flag in expected]
 
 
 def test_no_ops_are_none_to_the_most():
     def drawn(noop_max):
-        envs = make_envs(Args(noop_max=noop_max), 1).envs
-        return [int(envs.reset(seed=seed)[1]["episode_frame_number"][0]) for seed in range(40)]
+        envs = Environments(Args(noop_max=noop_max), 1).envs
+        return [int(envs.reset(seed=seed)[1]["episode_frame_number"][0]) for seed in range(12)]
 
     (none,) = set(drawn(0))
     assert {count - none for count in drawn(2)} == {0, 1, 2}
 
 
-def test_without_life_loss_only_game_over_terminates():
-    steps = play(Args(), 2, 700)
-    assert all((step.terminated == step.game_over).all() for _, step in steps)
-    assert sum(step.game_over.sum() for _, step in steps) >= 4
-
-
 def test_sticky_actions_and_no_ops_change_the_game_and_seeds_repeat_it():
     def last(**settings):
-        return play(Args(**settings), 2, 100)[-1][0]
+        return play(Args(**settings), 2, 80)[1][-1]
 
-    np.testing.assert_array_equal(last(), last())
-    assert (last() != last(seed=2)).any()
-    assert (last(sticky_actions=0.0) != last(sticky_actions=0.9)).any()
-    assert (last(noop_max=30) != last(noop_max=0)).any()
+    first = last()
+    np.testing.assert_array_equal(first, last())
+    for change in ({"seed": 2}, {"sticky_actions": 0.9}, {"noop_max": 30}):
+        assert (last(**change) != first).any(), change
 
 
-def test_the_frame_limit_truncates():
-    envs = make_envs(Args(env_id="pixel_game:PixelCatch-v0"), 2)
+def test_the_frame_limit_of_atari_truncates(monkeypatch):
+    monkeypatch.setattr(dqn_softmoe, "MAX_EPISODE_STEPS", 50)
+    steps, _ = play(Args(terminal_on_life_loss=True), 1, 100)
+    cut = [i for i, (_, _, terminated, truncated, over) in enumerate(steps) if truncated[0] and over[0]]
+    assert len(cut) == 2 and cut[1] - cut[0] == 50 and cut[0] in (48, 49)
+
+
+def test_the_frame_limit_of_another_environment_truncates():
+    envs = Environments(Args(env_id="pixel_game:PixelCatch-v0"), 2)
     envs.envs.envs[0].unwrapped.balls = 10**6  # endless: Gymnasium's limit of 1000 steps cuts it
     envs.reset(0)
     cut = []
     for _ in range(1001):
         envs.send(np.ones(2, dtype=np.int64))
-        step = envs.recv()
-        cut.append((step.truncated[0], step.terminated[0], step.game_over[0]))
-    assert cut[999] == (True, False, True) and not any(any(flags) for flags in cut[:999] + cut[1000:])
+        cut.append(tuple(end[0] for end in envs.recv()[2:]))
+    assert cut[999] == (False, True, True) and not any(any(ends) for ends in cut[:999] + cut[1000:])
 
 
 class ThinFrames(gym.Env):
-    """Frames of shape (1, H, W)."""
+    """Frames of shape (1, H, W); every step ends an episode."""
 
     observation_space = gym.spaces.Box(0, 255, (1, 6, 5), np.uint8)
     action_space = gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return np.zeros((1, 6, 5), np.uint8), {"lives": 3}
+        return np.full((1, 6, 5), 7, np.uint8), {"lives": 3}
 
     def step(self, action):
-        return np.full((1, 6, 5), action, np.uint8), 2.5, True, False, {"lives": 3}
+        return np.full((1, 6, 5), action, np.uint8), 2.5 + action, True, False, {"lives": 2}
 
 
 def test_other_environments_may_have_a_channel_axis_and_lives():
     gym.register("ThinFrames-v0", entry_point=ThinFrames)
-    envs = make_envs(Args(env_id="ThinFrames-v0", terminal_on_life_loss=True), 3)
+    envs = Environments(Args(env_id="ThinFrames-v0", terminal_on_life_loss=True), 3)
     assert envs.reset(0).shape == (3, 6, 5) and envs.frame_shape == (6, 5)
     envs.send(np.array([0, 1, 1]))
-    step = envs.recv()
-    assert step.frame[:, 0, 0].tolist() == [0, 1, 1] and step.reward.tolist() == [2.5] * 3
-    assert step.game_over.all()
+    frame, reward, terminated, truncated, over = envs.recv()
+    assert frame[:, 0, 0].tolist() == [7] * 3 and reward.tolist() == [2.5, 3.5, 3.5]
+    assert terminated.all() and over.all() and not truncated.any()
 
 
 def test_reset_seeds_differ_between_runs_steps_and_evaluation():
@@ -191,13 +187,12 @@ def test_reset_seeds_differ_between_runs_steps_and_evaluation():
     assert len(seeds) == 120 and max(seeds) < 2**30
 
 
-def test_frame_stack_is_the_list_s():
-    rng = np.random.default_rng(0)
-    stack = FrameStack(3, (2, 2), torch.device("cpu"))
+def test_a_stack_holds_the_last_frames_of_the_episode():
+    rng, obs = np.random.default_rng(0), torch.zeros(3, 4, 2, 2, dtype=torch.uint8)
     past = [[] for _ in range(3)]
     for t in range(50):
         frame, start = rng.integers(1, 255, (3, 2, 2), dtype=np.uint8), rng.random(3) < 0.3
-        obs = stack.push(frame, start if t else np.ones(3, bool))
+        assert push(obs, frame, start if t else np.ones(3, bool)) is obs
         for lane in range(3):
             past[lane] = ([] if start[lane] or t == 0 else past[lane]) + [frame[lane]]
             newest = past[lane][-4:]

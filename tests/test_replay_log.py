@@ -1,223 +1,253 @@
-"""The replay log: its layout on disk, what a reader finds in it, runs that are killed while they write."""
+"""`--save-replay`: segments on disk against what went through the ring; kills and full disks while they are written."""
 
-import gzip
+import gc
+import hashlib
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from pathlib import Path
 
+import ale_py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only_run, quick
+from test_replay import Oracle, Row
 
 import cql_softmoe
-from cql_softmoe import OfflineReplay
-from dqn_softmoe import Args, ReplayBuffer, ReplayLog, game_name, main
-
-SIZE = (3, 2)
+import dqn_softmoe
 
 
-def random_rows(rng, steps, lanes, lost_lives=False):
-    """What a run stores, row by row: games of random length that terminate or are cut, the reset step after each."""
-    over = np.zeros(lanes, bool)
-    for _ in range(steps):
-        frame = rng.integers(1, 255, (lanes, *SIZE), dtype=np.uint8)
-        valid = ~over
-        terminated, truncated = (rng.random((2, lanes)) < 0.08) & valid
-        life = (rng.random(lanes) < 0.1) & valid & lost_lives
-        over = terminated | truncated
-        yield frame, rng.integers(0, 4, lanes), rng.normal(0, 2, lanes), terminated | life, truncated, valid
-    no = np.zeros(lanes, bool)
-    yield rng.integers(1, 255, (lanes, *SIZE), dtype=np.uint8), rng.integers(0, 4, lanes), np.zeros(lanes), no, no, no
+def read(folder: Path) -> dict[str, np.ndarray]:
+    """All segments side by side, (N, rows, ...); they follow each other without a gap and are whole."""
+    step, parts = 0, []
+    for path in sorted(folder.glob("*.npz")):
+        assert path.name == f"{step:012d}.npz"
+        with np.load(path, allow_pickle=False) as segment:
+            parts.append(dict(segment))
+        step += parts[-1]["action"].size
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
-def write(folder, rows, lanes, shard_size):
-    log = ReplayLog(folder, lanes, SIZE, shard_size, {"env_id": "Nothing-v0", "num_actions": 4})
-    for row in rows:
-        log.add(*row)
-    log.close()
-    return log
+def check(folder: Path, oracle: Oracle):
+    """What is there is what went through the ring, and nothing beside it."""
+    arrays = read(folder)
+    lanes = [[np.array(column) for column in zip(*lane, strict=True)] for lane in oracle.lanes]
+    for name, *expected in zip(dqn_softmoe.ReplayBuffer.FIELDS, *lanes, strict=True):
+        np.testing.assert_array_equal(arrays[name], np.stack(expected))
+    kinds = {"frames": "uint8", "action": "int64", "reward": "float32", "terminated": "bool", "truncated": "bool"}
+    assert {name: array.dtype for name, array in arrays.items()} == kinds
+    assert set(np.unique(arrays["reward"])) == {-1, 0, 1} and arrays["terminated"].any()
+    assert {path.suffix for path in folder.iterdir()} == {".npz", ".json"}
 
 
-def read(folder, shard, name):
-    prefix = "" if name in ("add_count", "invalid_range") else "$store$_"
-    with gzip.open(folder / "replay_logs" / f"{prefix}{name}_ckpt.{shard}.gz") as file:
-        return np.load(file, allow_pickle=False)
+@pytest.fixture
+def rows_of(monkeypatch):
+    """Call with a script and N: an oracle that sees what its runs' rings see; raw rewards are three times as large."""
+
+    def record(script, num_envs: int) -> Oracle:
+        oracle, ring, recv = Oracle(num_envs, 1), script.ReplayBuffer, script.Environments.recv
+        add, cut = ring.add, ring.cut
+        monkeypatch.setattr(ring, "add", lambda self, *row: (oracle.add(Row(*row)), add(self, *row)))
+        monkeypatch.setattr(ring, "cut", lambda self: (oracle.cut(), cut(self)))
+        scaled = lambda self: [3 * x if i == 1 else x for i, x in enumerate(recv(self))]  # noqa: E731
+        monkeypatch.setattr(script.Environments, "recv", scaled)
+        return oracle
+
+    return record
 
 
-def arrays_of(folder, num_shards):
-    """All rows of all shards without the junk, and their numbers."""
-    counts = [int(read(folder, shard, "add_count")) for shard in range(num_shards)]
-    arrays = {
-        name: np.concatenate([read(folder, shard, name)[:count] for shard, count in enumerate(counts)])
-        for name in ReplayLog.ARRAYS
-    }
-    return arrays, counts
+def settings(tmp_path, **overrides) -> dict:
+    return quick(runs_dir=str(tmp_path), save_replay=True, eval_episodes=0, learning_starts=500, **overrides)
 
 
-def transitions(batch):
-    """The batch as a multiset; frames after a terminal step do not matter."""
-    parts = [x.tolist() for x in (batch.action, batch.reward, batch.discount)]
-    frames = zip(batch.obs, batch.next_obs, *parts, strict=True)
-    return Counter((o.numpy().tobytes(), n.numpy().tobytes() if d else b"", a, r, d) for o, n, a, r, d in frames)
-
-
-@pytest.mark.parametrize("n_step", [1, 3, 10])
 @pytest.mark.parametrize(
-    "lanes, shard_size, lost_lives", [(1, 10**6, False), (3, 60, False), (2, 100, True), (2, 1, True)]
+    "script, num_envs, buffer_size, checkpoint_every, segment_steps, first",
+    [
+        ("dqn_softmoe", 1, 1_000, 0, 130, [0, 130, 260, 390, 520]),
+        ("dqn_softmoe", 3, 100, 250, 50_000, [0, 99, 198, 252, 297, 396, 495, 501, 594]),  # the ring is the limit
+        ("rainbow_softmoe", 4, 102, 200, 1_000, [0, 100, 200, 300, 400, 500]),
+        ("der_softmoe", 2, 1_000, 300, 50_000, [0, 300]),
+    ],
 )
-def test_what_is_read_is_what_the_live_replay_holds(tmp_path, n_step, lanes, shard_size, lost_lives):
-    """Every transition with its stacks, n-step return, discount and bootstrap frame, and no other."""
-    rows = list(random_rows(np.random.default_rng(n_step), 400, lanes, lost_lives))
-    live = ReplayBuffer(500 * lanes, lanes, SIZE, n_step=n_step)
-    for frame, action, reward, *flags in rows:
-        live.add(frame, action, np.clip(reward, -1, 1), *flags)
-    log = write(tmp_path, rows, lanes, shard_size)
-    drawable = [(row, lane) for lane in range(lanes) for row in live.queue[lane, : live.tail[lane]].tolist()]
-    expected = live._gather(*torch.tensor(drawable).T)
-    arrays, counts = arrays_of(tmp_path, log.shard)
-    data = OfflineReplay(arrays, counts, n_step=n_step, gamma=0.99, device="cpu")
-    assert len(data) == len(drawable) == sum(int(row[-1].sum()) for row in rows)
-    assert transitions(data.gather(data.starts)) == transitions(expected)
+def test_segments_are_what_went_through_the_ring(
+    tmp_path, monkeypatch, rows_of, script, num_envs, buffer_size, checkpoint_every, segment_steps, first
+):
+    script = importlib.import_module(script)
+    monkeypatch.setattr(script, "SEGMENT_STEPS", segment_steps)
+    oracle = rows_of(script, num_envs)
+    sizes = {"num_envs": num_envs, "buffer_size": buffer_size, "checkpoint_every": checkpoint_every}
+    script.main(script.Args(**settings(tmp_path, **sizes)))
+    folder = only_run(tmp_path) / "replay"
+    check(folder, oracle)
+    assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == first
+    assert len(oracle.lanes[0]) == 600 // num_envs and oracle.lanes[0][-1].truncated != oracle.lanes[0][-1].terminated
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_a_share_of_the_rows_has_the_same_transitions_as_the_whole(tmp_path, n_step):
-    """Wherever a shard is cut, between a cut episode's last step and the frame after it too."""
-    write(tmp_path, random_rows(np.random.default_rng(4), 120, 1), 1, 10**6)
-    arrays, (count,) = arrays_of(tmp_path, 1)
-    whole = OfflineReplay(arrays, [count], n_step=n_step, gamma=0.99, device="cpu")
-    assert (arrays["episode_end"] == 2).any()
-    for rows in range(10, count):
-        share = {name: array[:rows] for name, array in arrays.items()}
-        data = OfflineReplay(share, [rows], n_step=n_step, gamma=0.99, device="cpu")
-        assert transitions(data.gather(data.starts)) == transitions(whole.gather(data.starts)), rows
-        assert set(whole.starts[whole.starts < rows - n_step].tolist()) <= set(data.starts.tolist())
+class Killed(BaseException):
+    """Stands for kill -9: nothing gets to clean up."""
 
 
-def test_layout(tmp_path):
-    rng = np.random.default_rng(0)
-    log = write(tmp_path, random_rows(rng, 300, 2), 2, 100)
-    assert log.shard >= 6
-    names = {path.name for path in (tmp_path / "replay_logs").iterdir()}
-    arrays = ("observation", "action", "reward", "terminal", "episode_end")
-    kinds = [*(f"$store$_{name}_ckpt" for name in arrays), "add_count_ckpt", "invalid_range_ckpt"]
-    assert names == {f"{kind}.{shard}.gz" for kind in kinds for shard in range(log.shard)}
-    for shard in range(log.shard):
-        count, *rows = (read(tmp_path, shard, name) for name in ("add_count", *arrays))
-        observation, action, reward, terminal, end = rows
-        assert count.shape == () and count < 100
-        assert [x.dtype for x in rows] == [np.uint8, np.int32, np.float32, np.uint8, np.uint8]
-        assert observation.shape == (count + 1, *SIZE) and {x.shape for x in rows[1:]} == {(count + 1,)}
-        assert read(tmp_path, shard, "invalid_range").tolist() == [count - 1, count, 0, 1, 2]
-        assert abs(reward).max() == 1 and set(np.unique(terminal)) == {0, 1}
-        assert end[0] == 3 and not observation[count].any()  # whole episodes; junk
-        padding = [i for i in range(3, count) if end[i - 3 : i].tolist() == [3, 3, 3] and end[i] == 0]
-        assert padding and all(not observation[i - 3 : i].any() and not terminal[i - 3 : i].any() for i in padding)
+def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monkeypatch, rows_of):
+    """Also where segments began at a second checkpoint, which could not be written and is not made again."""
+    monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)
+    oracle, save = rows_of(dqn_softmoe, 1), dqn_softmoe.Agent.save
+    args = dqn_softmoe.Args(**settings(tmp_path, checkpoint_every=190, num_envs=1, iteration_steps=500))
 
+    def save_once(agent, path, progress):
+        if progress["global_step"] > 190:
+            raise OSError(28, "No space left on device")
+        save(agent, path, progress)
 
-def test_readers_that_know_six_files_accept_exactly_the_transitions(tmp_path):
-    """Dopamine's rule: row i is a start if no row of i-3..i-1 is terminal, and i is 3 or more."""
-    log = write(tmp_path, random_rows(np.random.default_rng(1), 400, 3, lost_lives=True), 3, 150)
-    for shard in range(log.shard):
-        count = int(read(tmp_path, shard, "add_count"))
-        terminal, end = (read(tmp_path, shard, name)[:count] for name in ("terminal", "episode_end"))
-        accepted = [i for i in range(3, count) if not terminal[i - 3 : i].any()]
-        assert accepted == np.flatnonzero(end != 3).tolist()
+    def die(*_):
+        raise Killed
 
-
-def test_metadata_lists_the_episodes_with_their_raw_returns(tmp_path):
-    rows = list(random_rows(np.random.default_rng(2), 200, 1))
-    log = write(tmp_path, rows, 1, 80)
-    metadata = json.loads((tmp_path / "metadata.json").read_text())
-    assert metadata["columns"] == ["shard", "row", "length", "raw_return", "terminated"]
-    steps = [(reward[0], terminated[0]) for _, _, reward, terminated, _, valid in rows if valid[0]]
-    assert sum(length for _, _, length, _, _ in metadata["episodes"]) == len(steps)
-    for shard, row, length, raw_return, terminated in metadata["episodes"]:
-        (rewards, ends), steps = zip(*steps[:length], strict=True), steps[length:]
-        assert raw_return == pytest.approx(sum(rewards)) and terminated == ends[-1]
-        end = read(tmp_path, shard, "episode_end")[row : row + length]
-        assert end.tolist() == [0] * (length - 1) + [1 if terminated else 2]
-    assert log.error is None
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("shard_size", [40, 90, 10**6])
-def test_a_log_goes_on_where_its_checkpoint_was(tmp_path, shard_size):
-    """Whatever was written after it, shards that were finished included; a stray file is nobody's."""
-    rows = list(random_rows(np.random.default_rng(3), 300, 2))
-    cut = (*rows[-1][:3], *(np.zeros(2, bool),) * 3)
-    unbroken = ReplayLog(tmp_path / "a", 2, SIZE, shard_size, {})
-    broken = ReplayLog(tmp_path / "b", 2, SIZE, shard_size, {})
-    for log in (unbroken, broken):
-        for row in [*rows[:120], cut]:
-            log.add(*row)
-        state = log.state()
-    for row in rows[120:]:
-        unbroken.add(*row)
-    for row in rows[200:280]:  # lost
-        broken.add(*row)
-    broken.close()
-    for name in "ab":
-        (tmp_path / name / "replay_logs" / ".DS_Store").touch()
-    resumed = ReplayLog(tmp_path / "b", 2, SIZE, shard_size, {})
-    resumed.load_state(state)
-    for row in rows[120:]:
-        resumed.add(*row)
-    for log in (unbroken, resumed):
-        log.close()
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-def command(tmp_path, *more):
-    line = [sys.executable, str(ROOT / "dqn_softmoe.py"), "--env-id", "pixel_game:PixelCatch-v0", "--no-cuda"]
-    line += ["--encoder", "nature", "--expert-hidden-dim", "8", "--eval-episodes", "0", "--runs-dir", str(tmp_path)]
-    line += ["--save-replay", "--replay-shard-size", "200", "--buffer-size", "2000", "--checkpoint-every", "1000"]
-    return [*line, "--learning-starts", "3000", "--total-timesteps", "3000", *more]
-
-
-def test_a_run_killed_while_it_writes_leaves_whole_shards_and_goes_on(tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(command(tmp_path / "unbroken"), check=True, **quiet)
-    run = subprocess.Popen(command(tmp_path / "killed"), **quiet)
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "killed").glob("*/checkpoint-*")) and time.monotonic() < deadline:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dqn_softmoe.Agent, "save", save_once)
+        patch.setattr(dqn_softmoe.RunLog, "iteration", die)
+        dqn_softmoe.main(args)
+    folder = only_run(tmp_path) / "replay"
+    while not (folder / "000000000380.npz").exists():  # its thread is still at work
         time.sleep(0.01)
-    time.sleep(0.3)
+    del oracle.lanes[0][190:]
+    args.resume, args.checkpoint_every = str(folder.parent), 0
+    dqn_softmoe.main(args)
+    check(folder, oracle)
+    assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == [0, 120, 190, 240, 360, 480]
+
+
+SLOWLY = """
+import io, sys, time, numpy as np, dqn_softmoe
+
+def save(file, save=np.savez_compressed, **arrays):
+    whole = io.BytesIO()
+    save(whole, **arrays)
+    file.write(whole.getvalue()[:500])
+    file.flush()
+    time.sleep(0.1)
+    file.write(whole.getvalue()[500:])
+
+np.savez_compressed = save
+dqn_softmoe.main(dqn_softmoe.parse_args())
+"""
+
+
+def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path):
+    """A process of its own, killed between the two halves of a segment's file."""
+    line = [sys.executable, "-c", SLOWLY, "--env-id", "pixel_game:PixelCatch-v0", "--no-cuda", "--runs-dir", tmp_path]
+    line += [
+        "--encoder",
+        "nature",
+        "--expert-hidden-dim",
+        "8",
+        "--save-replay",
+        "--buffer-size",
+        "400",
+        "--resume",
+        "auto",
+    ]
+    line += [
+        "--total-timesteps",
+        "1600",
+        "--learning-starts",
+        "1600",
+        "--checkpoint-every",
+        "1000",
+        "--eval-episodes",
+        "0",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet["env"] = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    run, deadline = subprocess.Popen(line, **quiet), time.monotonic() + 100
+
+    def writing(path: Path) -> bool:
+        try:
+            return path.stat().st_size >= 500
+        except OSError:
+            return False
+
+    while not any(map(writing, tmp_path.glob("*/replay/00000000[12]*.tmp"))) and time.monotonic() < deadline:
+        time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
-    assert run.wait() != 0
-    (folder,) = (tmp_path / "killed").glob("*/replay/PixelCatch/1/replay_logs")
-    whole = [int(path.name.split(".")[1]) for path in folder.glob("add_count_ckpt.*.gz")]
-    assert len(whole) >= 3
-    for shard in whole:
-        assert len({len(read(folder.parent, shard, name)) for name in ReplayLog.ARRAYS}) == 1
-    subprocess.run([sys.executable, str(ROOT / "dqn_softmoe.py"), "--resume", folder.parents[3]], check=True, **quiet)
-    a, b = (files(only_run(tmp_path / name) / "replay") for name in ("unbroken", "killed"))
-    assert {k: v for k, v in a.items() if k != "metadata.json"} == {k: v for k, v in b.items() if k != "metadata.json"}
-    a, b = (json.loads(part["metadata.json"]) for part in (a, b))
-    assert a["episodes"] == b["episodes"] and len(a["episodes"]) > 100
+    assert run.wait() == -signal.SIGKILL
+    folder = only_run(tmp_path) / "replay"
+    assert len(list(folder.glob("*.tmp"))) == 1 and (folder.parent / "checkpoint.pt").exists()
+    assert read(folder)["action"].size >= 1000
+    subprocess.run(line, check=True, **quiet)
+    arrays = read(folder)
+    assert arrays["action"].shape == (4, 400) and not list(folder.glob("*.tmp"))
+    assert np.flatnonzero(arrays["truncated"].any(axis=0)).tolist() == [249, 399]  # the checkpoints
 
 
-def test_a_disk_that_is_full_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+def full(file: io.IOBase, **_):
+    file.write(b"PK")
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gzip, "compress", full)
+
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(SystemExit) as stop:
-        main(Args(**quick(runs_dir=str(tmp_path), save_replay=True)))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert stop.value.code == 2 and "No space left on device" in lines[-1] and "replay_logs" in lines[-1]
-    assert not list(tmp_path.glob("*/replay/PixelCatch/1/replay_logs/*.gz"))
+        dqn_softmoe.main(dqn_softmoe.Args(**settings(tmp_path, buffer_size=100)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and "No space left on device" in lines[0]
+    assert [path.name for path in (only_run(tmp_path) / "replay").iterdir()] == ["metadata.json"]
+    assert not (only_run(tmp_path) / "checkpoint.pt").exists()
 
 
-def test_names_of_games():
-    for env_id in ("BreakoutNoFrameskip-v4", "ALE/Breakout-v5", "BreakoutDeterministic-v0", "my_module:Breakout-v0"):
-        assert game_name(env_id) == cql_softmoe.game_name(env_id) == "Breakout"
+@pytest.mark.parametrize("lost", [3, 5])  # the one that the second checkpoint writes is the fifth
+def test_nothing_is_missing_after_a_disk_was_full_for_a_while(tmp_path, monkeypatch, rows_of, lost):
+    """The run goes on from its last checkpoint, which is not one after the segment that was lost."""
+    monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)
+    oracle, calls, save = rows_of(dqn_softmoe, 4), [], np.savez_compressed
+    args = dqn_softmoe.Args(**settings(tmp_path, checkpoint_every=200))
+
+    def full_once(file, **arrays):
+        calls.append(1)
+        (full if len(calls) == lost else save)(file, **arrays)
+
+    monkeypatch.setattr(np, "savez_compressed", full_once)
+    with pytest.raises(SystemExit):
+        dqn_softmoe.main(args)
+    gc.collect()  # the lock of the run that failed
+    args.resume = str(only_run(tmp_path))
+    for lane in oracle.lanes:
+        del lane[50:]
+    dqn_softmoe.main(args)
+    check(only_run(tmp_path) / "replay", oracle)
+
+
+@pytest.mark.parametrize("num_envs, n_step", [(1, 1), (3, 3)])
+def test_cql_reads_what_the_ring_holds(tmp_path, num_envs, n_step):
+    """Every transition with its stacks, return, discount and bootstrap frame, at the same place."""
+    sizes = {"num_envs": num_envs, "n_step": n_step, "checkpoint_every": 200, "learning_starts": 200}
+    args = dqn_softmoe.Args(**settings(tmp_path) | sizes)
+    dqn_softmoe.main(args)
+    run_dir = only_run(tmp_path)
+    ring = dqn_softmoe.ReplayBuffer(args.buffer_size, num_envs, (12, 12), n_step=n_step)
+    ring.load_state_dict(torch.load(run_dir / "checkpoint.pt", weights_only=True)["replay"])
+    offline = cql_softmoe.Args(env_id=args.env_id, dataset_dir=str(run_dir))
+    data = cql_softmoe.Dataset(*cql_softmoe.open_dataset(offline, cql_softmoe.Environments(offline, 1)), n_step=n_step)
+    places, all_places = (x.weight.flatten().nonzero().flatten() for x in (ring, data))
+    assert len(places) > 400 and set(places.tolist()) <= set(all_places.tolist())
+    later = all_places[~torch.isin(all_places, places)]
+    assert later.tolist() == [
+        p for p in range(600 - n_step * num_envs, 600) if not data.truncated[p]
+    ]  # still open there
+    for name, one, other in zip(dqn_softmoe.Batch._fields, ring.gather(places), data.gather(places), strict=True):
+        assert torch.equal(one, other) or name == "next_obs", name
+    going_on = ring.gather(places).discount > 0
+    assert torch.equal(ring.gather(places).next_obs[going_on], data.gather(places).next_obs[going_on])
+
+
+def test_metadata_says_what_was_played(tmp_path):
+    args = dqn_softmoe.Args(num_envs=1, buffer_size=1_000)
+    dqn_softmoe.ReplayLog(tmp_path / "replay", args, dqn_softmoe.Environments(args, 1), 0)
+    metadata = json.loads((tmp_path / "replay" / "metadata.json").read_text())
+    rom = Path(ale_py.roms.get_rom_path("breakout")).read_bytes()
+    expected = {"env_id": "BreakoutNoFrameskip-v4", "num_actions": 4, "num_envs": 1, "ale_py": ale_py.__version__}
+    assert metadata == expected | {"rom_md5": hashlib.md5(rom).hexdigest(), "args": vars(args)}

@@ -1,21 +1,40 @@
-"""Whole runs: learning, determinism, being killed and resumed, what a run leaves behind."""
+"""Whole runs: learning, determinism, being killed or stopped and resumed, what a run leaves behind."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import AGENTS, ROOT, only_run, quick, read_csv
+from conftest import (
+    AGENTS,
+    ROOT,
+    Child,
+    assert_same_outcome,
+    checkpoint,
+    files,
+    notes,
+    only_run,
+    outcome,
+    quick,
+    read_csv,
+    same,
+)
+
+import der_softmoe
+import dqn_softmoe
 
 # What each agent needs to learn the pixel game, beside `quick`.
-LEARNING = {"learning_rate": 1e-3, "expert_hidden_dim": 64, "num_experts": 4, "log_every": 1000, "eval_episodes": 20}
+LEARNING = {"learning_rate": 1e-3, "expert_hidden_dim": 64, "num_experts": 4, "eval_episodes": 20}
 LEARNING |= {"total_timesteps": 10_000, "learning_starts": 500, "buffer_size": 10_000}
 LEARNING |= {"target_network_frequency": 400}
 DQN = LEARNING | {"epsilon_decay_steps": 3_000}
@@ -36,242 +55,339 @@ def test_learns_the_pixel_game(agent, settings, quick_args):
     agent.main(args)
     returns = [float(row["episode_return"]) for row in read_csv(only_run(args.runs_dir) / "episodes.csv")]
     result = json.loads((only_run(args.runs_dir) / "eval.json").read_text())["mean_return"]
-    if agent.__name__ == "dqn_softmoe":
+    if agent is dqn_softmoe:
         assert min(np.mean(returns[-100:]), result) >= 0.8 * 4  # four balls
     else:  # trained under noise: over seeds 2.7 to 3.9; four of five balls are 2.4, standing still is -2.7
         assert result >= 2.4
 
 
-def test_a_run_leaves_its_records(agent, quick_args):
-    args = quick_args(layer="top1moe", load_balancing="importance+load", seed=7)
+def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
+    monkeypatch.setattr(agent, "LOG_EVERY", 100)
+    args = quick_args(layer="top1moe", load_balancing="importance+load", seed=7, weights_every=200, replay_ratio=0.25)
     agent.main(args)
     run_dir = only_run(args.runs_dir)
     assert run_dir.name == f"pixel_game-PixelCatch-v0__{agent.__name__.removesuffix('_softmoe')}_top1moe2__seed7"
-    assert json.loads((run_dir / "config.json").read_text())["args"]["seed"] == 7
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["args"]["seed"] == 7 and config["script"] == f"{agent.__name__}.py" and config["finished"] == 600
     episodes, metrics = read_csv(run_dir / "episodes.csv"), read_csv(run_dir / "metrics.csv")
     assert {int(row["episode_length"]) for row in episodes} == {20}
-    assert [int(row["global_step"]) for row in metrics] == [200, 400, 600]
+    assert [(int(row["iteration"]), int(row["global_step"])) for row in metrics] == [(0, 200), (1, 400), (2, 600)]
     for row in metrics:  # the paper's score: mean return of the episodes that ended in the iteration
         end = int(row["global_step"])
         ended = [float(e["episode_return"]) for e in episodes if end - 200 < int(e["global_step"]) <= end]
-        assert int(row["episodes"]) == len(ended) and float(row["mean_return"]) == pytest.approx(
-            np.mean(ended), abs=1e-4
-        )
-        assert float(row["sps"]) > 0
+        assert int(row["episodes"]) == len(ended) and float(row["sps"]) > 0
+        assert float(row["mean_return"]) == pytest.approx(np.mean(ended), abs=1e-4)
     result = json.loads((run_dir / "eval.json").read_text())
     assert len(result["returns"]) == 2 and result["mean_return"] == pytest.approx(np.mean(result["returns"]))
-    weights = torch.load(run_dir / "weights.pt", weights_only=True)
-    checkpoint = torch.load(run_dir / "checkpoint-000000000600" / "state.pt", weights_only=True)
-    assert same(weights, checkpoint["q_network"])
-    tags = scalar_tags(run_dir)
-    assert {"charts/episodic_return", "charts/sps", "charts/epsilon", "losses/loss", "losses/td_loss"} <= tags
-    assert {"losses/load_balancing_loss", "moe/router_entropy", "moe/expert_load/1", "moe/dormant_fraction"} <= tags
+    weights = [torch.load(run_dir / f"weights/{step}.pt", weights_only=True) for step in (200, 400, 600)]
+    assert sorted(path.name for path in (run_dir / "weights").iterdir()) == ["200.pt", "400.pt", "600.pt"]
+    assert same(torch.load(run_dir / "weights.pt", weights_only=True), weights[2]) and not same(weights[1], weights[2])
+    assert same(checkpoint(run_dir)["q_network"], weights[2])
+    tags = scalars(run_dir)
+    assert tags["losses/loss"] == [300, 400, 500, 600] and tags["charts/epsilon"] == list(range(100, 700, 100))
+    assert {"charts/episodic_return", "charts/sps", "losses/td_loss", "losses/load_balancing_loss"} <= tags.keys()
+    assert {"moe/router_entropy", "moe/expert_load/1", "moe/dormant_fraction"} <= tags.keys()
     assert "losses/losses" not in tags
 
 
-def scalar_tags(run_dir):
+def scalars(run_dir) -> dict[str, list[int]]:
+    """TensorBoard's curves: at which steps each has points."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir))
     events.Reload()
-    return set(events.Tags()["scalars"])
-
-
-def same(a, b):
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def contents(run_dir):
-    """All that a run's future depends on, and its records."""
-    (checkpoint,) = run_dir.glob("checkpoint-*")
-    arrays = {path.name: torch.from_numpy(np.load(path)) for path in checkpoint.glob("*.npy")}
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    scores = [{k: v for k, v in row.items() if k != "sps"} for row in read_csv(run_dir / "metrics.csv")]
-    return {"replay": arrays, "episodes": (run_dir / "episodes.csv").read_text(), "scores": scores} | {
-        key: state[key] for key in ("q_network", "target_network", "optimizer", "random", "global_step")
-    }
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(agent, quick_args, tmp_path):
     seeds = {"a": 3, "b": 3, "c": 4}
-    runs = [quick_args(runs_dir=str(tmp_path / name), seed=seeds[name], total_timesteps=320) for name in seeds]
-    for args in runs:
-        agent.main(args)
-    a, b, c = (contents(only_run(args.runs_dir)) for args in runs)
-    assert same(a, b) and a["episodes"] != c["episodes"]
-
-
-def test_a_replay_that_is_not_where_the_learner_is_gives_the_same_run(agent, quick_args, tmp_path, monkeypatch):
-    """On a GPU the replay may be in host memory: a device that only looks like another takes that path here."""
-    near, far = (quick_args(runs_dir=str(tmp_path / name), total_timesteps=320) for name in ("near", "far"))
-    agent.main(near)
-    monkeypatch.setattr(agent, "replay_device", lambda *_: torch.device("cpu", 0))
-    agent.main(far)
-    assert same(*(contents(only_run(args.runs_dir)) for args in (near, far)))
+    for name, seed in seeds.items():
+        agent.main(quick_args(runs_dir=str(tmp_path / name), seed=seed, total_timesteps=320, batch_size=8))
+    a, b, c = (only_run(tmp_path / name) for name in seeds)
+    assert_same_outcome(a, b)
+    assert outcome(a)["episodes.csv"] != outcome(c)["episodes.csv"]
 
 
 # Flags beyond DQN's, with a value that must change what a run learns.
 FLAGS = {"num_atoms": 21, "v_min": -5.0, "v_max": 5.0, "n_step": 1}
 FLAGS |= {"double": False, "dueling": False, "noisy": False, "prioritized": False}
-OWN_FLAGS = [("rainbow_softmoe", name) for name in FLAGS] + [("der_softmoe", "augment")]
+OWN_FLAGS = [("rainbow_softmoe", FLAGS), ("der_softmoe", {"augment": True})]
 
 
-@pytest.mark.parametrize("agent, name", OWN_FLAGS, indirect=["agent"])
-def test_each_flag_of_rainbow_changes_the_run(agent, name, quick_args, tmp_path):
-    small = {"total_timesteps": 64, "learning_starts": 48, "eval_episodes": 0}
-    value = (FLAGS | {"augment": True})[name]
-    weights = []
-    for folder, given in (("default", {}), ("changed", {name: value})):
-        args = quick_args(runs_dir=str(tmp_path / folder), **small | given)
-        agent.main(args)
-        weights.append(torch.load(only_run(args.runs_dir) / "weights.pt", weights_only=True))
-    assert not same(*weights)
+@pytest.mark.parametrize("agent, flags", OWN_FLAGS, indirect=["agent"])
+def test_each_flag_of_rainbow_changes_the_run(agent, flags, quick_args):
+    weights = {}
+    for name, value in ({"eval_episodes": 0} | flags).items():
+        args = quick_args(total_timesteps=64, learning_starts=48, eval_episodes=0, run_name=name)
+        agent.main(replace(args, **{name: value}))
+        weights[name] = torch.load(Path(args.runs_dir) / name / "weights.pt", weights_only=True)
+    default = weights.pop("eval_episodes")
+    assert [name for name in weights if same(weights[name], default)] == []
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing gets to clean up."""
+# ---------------------------------------------------------------------------------------------- killed and resumed
+def after_calls(owner, name: str, calls: int, act, first: bool = False):
+    """Call `act` at this call of `owner.name`, after it or first; within a child, for nothing puts it back."""
+    original, count = getattr(owner, name), [0]
 
-
-def at_step(patch, agent, args, global_step, act):
-    """Call `act` when the agent steps for the last time before `global_step`."""
-    rounds, send = [], agent.Environments.send
-
-    def counted(*arguments):
-        rounds.append(1)
-        if len(rounds) == global_step // args.num_envs:
+    def counted(*arguments, **keywords):
+        count[0] += 1
+        if first and count[0] == calls:
             act()
-        send(*arguments)
+        result = original(*arguments, **keywords)
+        if not first and count[0] == calls:
+            act()
+        return result
 
-    patch.setattr(agent.Environments, "send", counted)
-
-
-def die():
-    raise Killed
-
-
-def breakout(agent, tmp_path, **overrides):
-    """Sticky Breakout with a small network, long enough for episodes to end on both sides of the checkpoint."""
-    settings = {"env_id": "BreakoutNoFrameskip-v4", "total_timesteps": 3000, "checkpoint_every": 1500}
-    settings |= {"learning_starts": 1200, "buffer_size": 2000, "batch_size": 4, "iteration_steps": 1000}
-    settings |= {"log_every": 500, "eval_episodes": 0, "runs_dir": str(tmp_path)}
-    settings |= {"num_envs": 4, "replay_ratio": 0.25, "sticky_actions": 0.25}
-    if agent.__name__ != "dqn_softmoe":  # fewer atoms: a quicker head; random actions: games that end
-        settings |= {"num_atoms": 5, "noisy": False}
-    return agent.Args(**quick(**settings | overrides))
+    setattr(owner, name, counted)
 
 
-def test_a_killed_run_resumes_to_the_bit(agent, tmp_path, monkeypatch):
-    unbroken, killed = breakout(agent, tmp_path / "unbroken"), breakout(agent, tmp_path / "killed")
-    agent.main(unbroken)
-    with monkeypatch.context() as patch:
-        at_step(patch, agent, killed, 2200, die)
-        with pytest.raises(Killed):
-            agent.main(killed)
-    run_dir = only_run(killed.runs_dir)
-    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-000000001500"]
-    agent.main(replace(killed, resume=str(run_dir)))
-    a, b = contents(only_run(unbroken.runs_dir)), contents(run_dir)
-    assert len(a["episodes"].splitlines()) > 10 and a["replay"]["replay_cursor.npy"] == 752  # wrapped, two cut rows
-    assert ("replay_priorities.npy" in a["replay"]) == (agent.__name__ != "dqn_softmoe")
-    for part in a:
-        assert same(a[part], b[part]), part
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_finished_run_goes_on_to_the_bit(agent, quick_args, tmp_path):
-    whole = quick_args(runs_dir=str(tmp_path / "whole"), checkpoint_every=300)
-    half = quick_args(runs_dir=str(tmp_path / "half"), checkpoint_every=300)
-    agent.main(whole)
-    agent.main(replace(half, total_timesteps=300))
-    agent.main(replace(half, resume=str(only_run(half.runs_dir))))
-    a, b = contents(only_run(whole.runs_dir)), contents(only_run(half.runs_dir))
-    for part in a:
-        assert same(a[part], b[part]), part
+def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quick_args, tmp_path):
+    args = quick_args(total_timesteps=1200, checkpoint_every=100, num_envs=4, replay_ratio=0.125, batch_size=8)
+    agent.main(replace(args, run_name="unbroken"))
+    rng = np.random.default_rng()
+    delays, killed, code = rng.uniform(0.1, 0.9, 8).tolist(), 0, None
+    for delay in delays:
+        child = Child(tmp_path, agent.main, replace(args, run_name="killed", resume="auto"))
+        time.sleep(delay)
+        os.kill(child.pid, signal.SIGKILL)
+        code, _, err = child.wait()
+        killed += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), err
+    agent.main(replace(args, run_name="killed", resume="auto"))
+    assert killed >= 2, delays
+    assert_same_outcome(*(Path(args.runs_dir) / name for name in ("unbroken", "killed")))
 
 
-def test_a_crash_while_writing_leaves_the_last_checkpoint(agent, quick_args, monkeypatch):
-    args = quick_args(checkpoint_every=200, eval_episodes=0)
-    save, calls = np.save, []
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_run_killed_at_any_of_its_writes_equals_an_unbroken_one(first, tmp_path):
+    """Before and after each file gets its name: configuration, records, two checkpoints, weights, evaluation."""
+    args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), checkpoint_every=200, total_timesteps=400))
 
-    def die_in_the_second_checkpoint(file, array):
-        calls.append(file.name)
-        if calls.count(file.name) > 1 and len(set(calls)) < len(calls) - 3:
-            file.write(b"half")
-            raise Killed
-        save(file, array)
+    def run(name: str, write: int):
+        after_calls(os, "replace", write, kill, first)
+        dqn_softmoe.main(replace(args, run_name=name, resume="auto"))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", die_in_the_second_checkpoint)
-        with pytest.raises(Killed):
+    assert Child(tmp_path, run, "unbroken", 0).wait()[0] == 0
+    for write in range(1, 9):
+        name = f"killed{write}"
+        code, _, err = Child(tmp_path, run, name, write).wait()
+        assert code == -signal.SIGKILL, err
+        code, _, err = Child(tmp_path, run, name, 0).wait()
+        assert code == 0, err
+        assert_same_outcome(tmp_path / "unbroken", tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["finished"] == 400
+        assert list((tmp_path / name).rglob("*.tmp")) == []
+
+
+def test_a_killed_run_of_atari_equals_an_unbroken_one(tmp_path):
+    """Sticky actions, no-ops, lost lives, games that end on both sides of a checkpoint, a ring that is overwritten."""
+    settings = {"env_id": "BreakoutNoFrameskip-v4", "total_timesteps": 1500, "checkpoint_every": 600, "num_envs": 2}
+    settings |= {"learning_starts": 500, "replay_ratio": 0.125, "buffer_size": 1000, "batch_size": 4, "num_atoms": 5}
+    settings |= {"sticky_actions": 0.25, "noisy": False, "eval_episodes": 1, "runs_dir": str(tmp_path)}
+    args = der_softmoe.Args(**quick(**settings))
+
+    def run(name: str, rounds: int):
+        after_calls(der_softmoe.Environments, "send", rounds, kill)
+        der_softmoe.main(replace(args, run_name=name, resume="auto"))
+
+    der_softmoe.MAX_EPISODE_STEPS = 300  # a shorter evaluation
+    try:
+        codes = [Child(tmp_path, run, "killed", rounds).wait()[0] for rounds in (450, 400, 0)]
+        assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+        der_softmoe.main(replace(args, run_name="unbroken"))
+    finally:
+        der_softmoe.MAX_EPISODE_STEPS = 27_000
+    assert_same_outcome(tmp_path / "unbroken", tmp_path / "killed")
+    replay = checkpoint(tmp_path / "unbroken")["replay"]
+    assert len(read_csv(tmp_path / "unbroken" / "episodes.csv")) >= 4 and replay["cursor"] == 750
+    assert replay["terminated"].sum() > 8 and replay["truncated"].sum() == 2 * 3
+
+
+def test_a_finished_run_goes_on_to_the_bit(agent, quick_args):
+    args = quick_args(checkpoint_every=300, replay_ratio=0.25)
+    agent.main(replace(args, run_name="whole"))
+    agent.main(replace(args, run_name="half", total_timesteps=300))
+    half = Path(args.runs_dir) / "half"
+    agent.main(replace(args, resume=str(half)))
+    assert_same_outcome(Path(args.runs_dir) / "whole", half)
+
+
+# ------------------------------------------------------------------------------------------------- resume auto
+def test_resume_auto_starts_continues_and_leaves_alone(tmp_path, monkeypatch, capsys):
+    def run(*more: str) -> int:
+        small = quick(runs_dir=str(tmp_path), checkpoint_every=200, resume="auto", num_experts=None)
+        given = [f"--{'no-' * (value is False)}{name.replace('_', '-')}" for name, value in small.items()]
+        values = [[] if value is False else [str(value)] for value in small.values()]
+        line = [word for flag, value in zip(given, values, strict=True) if value != ["None"] for word in (flag, *value)]
+        monkeypatch.setattr(sys, "argv", ["dqn_softmoe.py", *line, *more])
+        return Child(tmp_path.parent, lambda: dqn_softmoe.main(dqn_softmoe.parse_args())).wait()
+
+    started = run()
+    (run_dir,) = tmp_path.iterdir()
+    assert started[0] == 0 and run_dir.name == "pixel_game-PixelCatch-v0__dqn_softmoe8__seed1"
+    before = files(run_dir)
+    assert run() == (0, f"{run_dir} is finished\n", "") and run("--total-timesteps", "400")[0] == 0
+    assert files(run_dir) == before
+    assert run("--total-timesteps", "700")[0] == 0 and checkpoint(run_dir)["progress"]["global_step"] == 700
+    assert run("--seed", "2")[0] == 0 and len(list(tmp_path.iterdir())) == 2  # another name, another run
+
+
+def test_records_start_anew_where_a_run_died_before_its_first_checkpoint(tmp_path):
+    args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
+
+    def die():
+        after_calls(dqn_softmoe.Environments, "send", 120, kill)
+        dqn_softmoe.main(args)
+
+    assert Child(tmp_path.parent, die).wait()[0] == -signal.SIGKILL
+    assert len(read_csv(tmp_path / "run" / "metrics.csv")) == 2
+    dqn_softmoe.main(args)
+    dqn_softmoe.main(replace(args, resume=None, run_name="unbroken"))
+    assert_same_outcome(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_run_without_a_checkpoint_at_the_end(tmp_path, capsys):
+    args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto", checkpoint_every=200))
+    args = replace(args, checkpoint_at_end=False)
+    dqn_softmoe.main(args)
+    before = files(tmp_path)
+    assert {Path(name).name for name in before} >= {"weights.pt", "eval.json", "episodes.csv", "metrics.csv"}
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    dqn_softmoe.main(args)  # left alone
+    for resume in ("auto", str(tmp_path / "run")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            dqn_softmoe.main(replace(args, resume=resume, total_timesteps=800))
+        (line,) = notes(capsys.readouterr().err)
+        assert stop.value.code == 2 and line.startswith("error: ") and "no checkpoint" in line
+    assert files(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------------- signals
+SIGNALS = [("dqn_softmoe", name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
+SIGNALS += [(name, "SIGTERM") for name in AGENTS[1:]]
+
+
+@pytest.mark.parametrize("agent, name", SIGNALS, indirect=["agent"])
+def test_a_signal_saves_and_stops_and_the_run_goes_on(agent, name, quick_args, tmp_path):
+    args, number = quick_args(replay_ratio=0.25), getattr(signal, name)
+
+    def signalled():
+        before = signal.getsignal(number)
+        after_calls(agent.Environments, "send", 101, lambda: os.kill(os.getpid(), number))
+        try:
             agent.main(args)
+        finally:
+            assert signal.getsignal(number) is before
+
+    code, out, err = Child(tmp_path, signalled).wait()
     run_dir = only_run(args.runs_dir)
-    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-000000000200"]
+    assert code == 75 and f"--resume {run_dir}" in out, err
+    assert checkpoint(run_dir)["progress"]["global_step"] == 101 * args.num_envs
+    assert not (run_dir / "eval.json").exists() and not (run_dir / "weights.pt").exists()
     agent.main(replace(args, resume=str(run_dir)))
-    assert not (run_dir / "checkpoint.tmp").exists()
-    assert contents(run_dir)["global_step"] == 600
+    assert checkpoint(run_dir)["progress"]["global_step"] == 600 and (run_dir / "eval.json").exists()
 
 
-SIGNALS = [("dqn_softmoe", name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-SIGNALS += [(name, signal.SIGTERM) for name in AGENTS[1:]]
+def test_a_signal_in_the_evaluation(tmp_path):
+    args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
+
+    def interrupted():
+        after_calls(dqn_softmoe.Environments, "send", 155, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        dqn_softmoe.main(args)
+
+    code, out, _ = Child(tmp_path.parent, interrupted).wait()
+    assert code == 75 and "continue with" in out and not (tmp_path / "run" / "eval.json").exists()
+    dqn_softmoe.main(args)
+    dqn_softmoe.main(replace(args, resume=None, run_name="unbroken"))
+    assert_same_outcome(tmp_path / "run", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("agent, number", SIGNALS, indirect=["agent"])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(agent, number, quick_args, monkeypatch, capsys):
-    args = quick_args()
-    with monkeypatch.context() as patch:
-        at_step(patch, agent, args, 404, lambda: os.kill(os.getpid(), number))
-        agent.main(args)  # returns: exit code 0
-    run_dir = only_run(args.runs_dir)
-    assert f"--resume {run_dir}" in capsys.readouterr().out
-    assert contents(run_dir)["global_step"] == 404 and not (run_dir / "eval.json").exists()
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-    agent.main(replace(args, resume=str(run_dir)))
-    assert contents(run_dir)["global_step"] == 600 and (run_dir / "eval.json").exists()
+def test_the_same_signal_again_ends_the_process(tmp_path):
+    def twice():
+        after_calls(dqn_softmoe.Environments, "send", 10, lambda: os.kill(os.getpid(), signal.SIGINT))
+        after_calls(dqn_softmoe.Environments, "recv", 10, lambda: os.kill(os.getpid(), signal.SIGINT))
+        dqn_softmoe.main(dqn_softmoe.Args(**quick(runs_dir=str(tmp_path))))
+
+    assert Child(tmp_path.parent, twice).wait()[0] == -signal.SIGINT
 
 
-def test_evaluation_plays_fair_shares_and_leaves_no_trace(agent, quick_args):
-    args = quick_args()
+def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path):
+    def hung_up():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        after_calls(dqn_softmoe.Environments, "send", 101, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        dqn_softmoe.main(dqn_softmoe.Args(**quick(runs_dir=str(tmp_path))))
+
+    assert Child(tmp_path.parent, hung_up).wait()[0] == 0
+    assert checkpoint(only_run(tmp_path))["progress"]["global_step"] == 600
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+def test_evaluation_plays_each_game_once_and_leaves_no_trace(agent, quick_args):
+    args = quick_args(eval_episodes=23)
     q_network = agent.QNetwork(args, (4, 12, 12), 3)
     before = torch.get_rng_state()
-    with agent.StopSignal() as stop:
-        returns = agent.evaluate(q_network, args, 23, 5, stop)
-        assert returns == agent.evaluate(q_network, args, 23, 5, stop)
+    returns = agent.evaluate(q_network, args, 5, threading.Event())
+    assert returns == agent.evaluate(q_network, args, 5, threading.Event())
     assert len(returns) == 23 and set(returns) <= {-4.0, -2.0, 0.0, 2.0, 4.0}
     assert torch.equal(before, torch.get_rng_state()) and q_network.training
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def words(**settings) -> list[str]:
+    """The command line of a quick run."""
+    given = quick(**settings)
+    given = {f"--{'no-' * (value is False)}{name.replace('_', '-')}": value for name, value in given.items()}
+    return [word for name, value in given.items() for word in (name, *([] if value is False else [str(value)]))]
+
+
+SURROUNDINGS = {  # where each script runs alone
+    "dqn_softmoe": (["-OO"], {}),
+    "rainbow_softmoe": ([], {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
+    "der_softmoe": ([], {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"}),
+}
 
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name):
     for file in (f"{name}.py", "moe_layers.py", "tests/pixel_game.py"):
         shutil.copy(ROOT / file, tmp_path)
-    command = [sys.executable, f"{name}.py", "--env-id", "pixel_game:PixelCatch-v0", "--total-timesteps", "400"]
-    command += ["--learning-starts", "100", "--buffer-size", "1000", "--encoder", "nature", "--eval-episodes", "1"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    options, surroundings = SURROUNDINGS[name]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | surroundings
+    command = [sys.executable, *options, f"{name}.py", *words()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and notes(done.stderr) == [], done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{name}.py: pixel_game:PixelCatch-v0") and max(map(len, lines)) <= 100
-    assert {"config.json", "episodes.csv", "metrics.csv", "weights.pt", "eval.json"} <= {
-        path.name for path in only_run(tmp_path / "runs").iterdir()
-    }
+    expected = {"config.json", "episodes.csv", "metrics.csv", "weights.pt", "eval.json", "checkpoint.pt"}
+    assert expected <= {path.name for path in only_run(tmp_path / "runs").iterdir()}
 
 
-def test_sigterm_ends_the_command_with_code_0(tmp_path):
-    command = [sys.executable, str(ROOT / "dqn_softmoe.py"), "--env-id", "pixel_game:PixelCatch-v0"]
-    command += ["--encoder", "nature", "--runs-dir", str(tmp_path), "--buffer-size", "1000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def test_the_printed_command_continues_a_run_that_a_signal_stopped(tmp_path):
+    """Through a shell, with a space in each path, the script called from another folder."""
+    folder, elsewhere = tmp_path / "my scripts", tmp_path / "else where"
+    elsewhere.mkdir()
+    folder.mkdir()
+    for file in ("dqn_softmoe.py", "moe_layers.py", "tests/pixel_game.py"):
+        shutil.copy(ROOT / file, folder)
+    command = [sys.executable, "../my scripts/dqn_softmoe.py", *words(runs_dir="its runs", total_timesteps=100_000)]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": elsewhere, "env": environment}
+    run = subprocess.Popen(command, **pipes)
     for line in run.stdout:
         if line.startswith("  run "):
             break
     time.sleep(2)
     run.terminate()
-    out, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "continue with" in out
-    assert len(list(only_run(tmp_path).glob("checkpoint-*"))) == 1
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 75, err
+    step = checkpoint(only_run(elsewhere / "its runs"))["progress"]["global_step"]
+    command = re.search(r"continue with: (.*)", out)[1]
+    done = subprocess.run(f"{command} --total-timesteps {step + 100}", shell=True, **pipes, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(only_run(elsewhere / "its runs"))["progress"]["global_step"] == step + 100
