@@ -629,7 +629,7 @@ class Agent:
 
     def update(self, *batch: Tensor) -> tuple:
         """One step of gradient descent on a `Batch`."""
-        batch = Batch(*(torch.as_tensor(x, device=self.device) for x in batch))
+        batch = Batch(*(x.to(self.device) for x in batch))
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics, output = self.loss(self.q_network, self.target_network, batch, self.args)
         loss.backward()
@@ -715,8 +715,8 @@ def check_args(args: Args) -> None:
         ("cql_alpha", 0, 1e30),
         ("capacity_factor learning_rate adam_eps importance_weight load_weight", 1e-30, 1e30),
         ("num_atoms", 2, 1_000),
-        ("v_min", -1e30, args.v_max - max(1e-6 * abs(args.v_max), 1e-6)),
         ("v_max", -1e30, 1e30),
+        ("v_min", -1e30, args.v_max - max(1e-6 * abs(args.v_max), 1e-6)),
     ):
         for name in names.split():
             if getattr(args, name) is not None and not low <= getattr(args, name) <= high:

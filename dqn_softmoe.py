@@ -577,7 +577,7 @@ class Agent:
 
     def update(self, *batch: Tensor) -> tuple:
         """One step of gradient descent on a `Batch`."""
-        batch = Batch(*(torch.as_tensor(x, device=self.device) for x in batch))
+        batch = Batch(*(x.to(self.device) for x in batch))
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics, output = self.loss(self.q_network, self.target_network, batch, self.args)
         loss.backward()

@@ -79,7 +79,8 @@ def find_log(source: Path) -> tuple[Path, bool]:
         names = ", ".join(sorted(map(str, found.values())))
         raise ValueError(f"{source} has {len(found)} logs (replay_logs, or segments *.npz), not one: {names or 'none'}")
     [((resolved, pattern), folder)] = found.items()
-    return folder if folder.name == "replay_logs" else resolved, pattern != "*.npz"  # links may be above it
+    # A link above it may have the game's name; one to it has not.
+    return folder if folder.name == "replay_logs" else resolved, pattern != "*.npz"
 
 
 def read_metadata(path: Path) -> dict:
@@ -209,6 +210,7 @@ def to_segments(folder: Path, target: Path, bar: tqdm) -> dict:
             np.savez_compressed(target / f"{first:012d}.npz", **arrays)
             first += len(part)
             bar.update(frames.nbytes)
+            del frames, arrays  # 350 MB each, before the next ones are read
     if highest < 0:
         raise ValueError(f"{folder} has no step")
     kept = {"env_id": None, "num_actions": highest + 1, "num_envs": 1, "ale_py": None, "rom_md5": None, "args": {}}

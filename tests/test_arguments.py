@@ -69,12 +69,13 @@ def refusal(capfd):
     """Calls a function that must refuse its input, in silence but for one line; returns that line."""
 
     def call(function, *arguments) -> str:
-        gc.collect()  # an earlier refusal's lock
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             function(*arguments)
         (line,) = [line for line in notes(capfd.readouterr().err) if not line.startswith("no CUDA device")]
         assert stop.value.code == 2 and line.startswith("error: ")
+        del stop
+        gc.collect()  # the traceback holds the run's lock
         return line
 
     return call

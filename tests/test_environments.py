@@ -75,7 +75,7 @@ def test_without_life_loss_only_game_over_terminates():
 
 
 class Scripted:
-    """Two games with one script: what ale-py says of each step's end, and the lives, those of the next game after it."""
+    """Two games with one script: how each step ends for ale-py, and the lives, after an end the next game's."""
 
     single_action_space, single_observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (1, 2, 2), np.uint8)
 

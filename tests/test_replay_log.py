@@ -129,7 +129,7 @@ def save(file, save=np.savez_compressed, **arrays):
     save(whole, **arrays)
     file.write(whole.getvalue()[:500])
     file.flush()
-    time.sleep(0.1)
+    time.sleep(0.3)
     file.write(whole.getvalue()[500:])
 
 np.savez_compressed = save
@@ -139,28 +139,10 @@ dqn_softmoe.main(dqn_softmoe.parse_args())
 
 def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path):
     """A process of its own, killed between the two halves of a segment's file."""
-    line = [sys.executable, "-c", SLOWLY, "--env-id", "pixel_game:PixelCatch-v0", "--no-cuda", "--runs-dir", tmp_path]
-    line += [
-        "--encoder",
-        "nature",
-        "--expert-hidden-dim",
-        "8",
-        "--save-replay",
-        "--buffer-size",
-        "400",
-        "--resume",
-        "auto",
-    ]
-    line += [
-        "--total-timesteps",
-        "1600",
-        "--learning-starts",
-        "1600",
-        "--checkpoint-every",
-        "1000",
-        "--eval-episodes",
-        "0",
-    ]
+    flags = "--env-id pixel_game:PixelCatch-v0 --no-cuda --encoder nature --expert-hidden-dim 8 --eval-episodes 0"
+    flags += " --save-replay --resume auto --buffer-size 400 --checkpoint-every 1000"
+    flags += " --total-timesteps 1600 --learning-starts 1600"
+    line = [sys.executable, "-c", SLOWLY, "--runs-dir", str(tmp_path), *flags.split()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     quiet["env"] = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     run, deadline = subprocess.Popen(line, **quiet), time.monotonic() + 100

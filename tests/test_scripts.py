@@ -12,10 +12,10 @@ from conftest import ROOT
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
     "moe_layers.py": 430,
-    "dqn_softmoe.py": 780,
-    "rainbow_softmoe.py": 900,
-    "der_softmoe.py": 900,
-    "cql_softmoe.py": 760,
+    "dqn_softmoe.py": 930,
+    "rainbow_softmoe.py": 1_000,
+    "der_softmoe.py": 1_020,
+    "cql_softmoe.py": 920,
     "longest function": 40,
     "main": 95,
     "dqn_softmoe.py -> rainbow_softmoe.py": 200,
