@@ -637,6 +637,8 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save hides the system's own error, a full disk, in one of these
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -897,12 +899,12 @@ def main(args: Args) -> None:
             if replay_log:
                 replay_log.write(agent.replay, global_step)
                 replay_log.pending.result()
-            log.tensorboard.flush()
             agent.save(run_dir / "checkpoint.pt", {"global_step": global_step})
-            return True
         except OSError as error:
             tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
             return False
+        log.tensorboard.flush()
+        return True
 
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
