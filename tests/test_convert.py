@@ -561,7 +561,10 @@ def test_a_signal_leaves_nothing_half_done(tmp_path, number):
     arrays["frames"] = rng.integers(0, 255, (1, 1_000, 84, 84), dtype=np.uint8)
     for first in range(0, 5_000, 1_000):
         np.savez(tmp_path / "a" / "replay" / f"{first:012d}.npz", **arrays)
-    run = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "a", tmp_path / "b"], stderr=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, SCRIPT, tmp_path / "a", tmp_path / "b"], {"stderr": subprocess.PIPE, "text": True}
+    old = signal.signal(number, signal.SIG_DFL)  # a job in the background inherits that SIGINT is ignored
+    run = subprocess.Popen(command, **pipe)
+    signal.signal(number, old)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("b.*.tmp/replay_logs")) and time.monotonic() < deadline:
         time.sleep(0.01)
