@@ -354,8 +354,9 @@ class Dataset(nn.Module):
 def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     """Flat arrays of the data, unpacked once beside it into a folder named after what is used, and the data's N."""
     root = Path(args.dataset_dir)
-    source = root if any(root.glob("*.npz")) else root / "replay"
-    paths = sorted(source.glob("*.npz"))[: args.max_shards]
+    name = "[0-9]" * 12 + ".npz"
+    source = root if any(root.glob(name)) else root / "replay"
+    paths = sorted(source.glob(name))[: args.max_shards]
     if not paths:
         raise ValueError(f"--dataset-dir {root}: no data is there, python dqn_softmoe.py --save-replay makes it")
     metadata = json.loads((source / "metadata.json").read_text())
@@ -368,6 +369,7 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     cache = Path(args.cache_dir or source.parent / "replay_cache") / hashlib.md5(json.dumps(used).encode()).hexdigest()
     if not cache.exists():
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")  # several runs may start at once
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
         temporary.mkdir(parents=True)
         try:
             unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
@@ -380,16 +382,11 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
 
 def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environments", folder: Path) -> None:
     """Write the first `fraction` of every segment into flat arrays. Raises what a damaged segment raises."""
-    rows = []
-    for path in paths:
-        with np.load(path) as segment:
-            rows.append(math.ceil(segment["action"].shape[1] * fraction))
+    rows = [math.ceil(load_segment(path, ["action"])["action"].shape[-1] * fraction) for path in paths]
     size = sum(rows) * num_envs
     need, free = size * (math.prod(envs.frame_shape) + 15), shutil.disk_usage(folder).free
     if need > free:
-        raise ValueError(
-            f"the unpacked data takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder.parent}"
-        )
+        raise ValueError(f"unpacked data takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder.parent}")
     shapes = dict.fromkeys(Dataset.FIELDS, (size,)) | {"frames": (size + 1, *envs.frame_shape)}  # the last is black
     arrays = {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
@@ -397,9 +394,7 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     }
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
     start, expected = 0, 0  # place; agent step that follows what is there
-    print(
-        f"unpacking {size:,} steps, {need / 1e9:.2f} GB of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True
-    )
+    print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
     with contextlib.ExitStack() as stack:
         stop = stop_on_signals(stack)
         for path, used in zip(tqdm(paths, desc="unpacking", unit="segment", **BAR), rows, strict=True):
@@ -413,16 +408,22 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
             if stop.is_set():
                 raise InterruptedError("stopped by a signal")
     truncated[-num_envs:] = ~terminated[-num_envs:]
+    if not (drawable & ~truncated).any():
+        raise ValueError("the data has no step to learn from")
     np.save(folder / "drawable.npy", drawable & ~truncated)
+
+
+def load_segment(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def read_segment(path: Path, num_envs: int, envs: "Environments") -> dict[str, np.ndarray]:
     """The arrays (N, rows, ...) of a segment. ValueError for others than `ReplayLog` writes."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in Dataset.FIELDS}
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    arrays = load_segment(path, [*Dataset.FIELDS])
     shape = arrays["action"].shape[:2]
     for name, array in arrays.items():
         expected = (num_envs, *shape[1:], *(envs.frame_shape if name == "frames" else ()))

@@ -835,7 +835,7 @@ class ReplayLog:
         self.folder, self.written, self.thread = folder, global_step, ThreadPoolExecutor(max_workers=1)
         self.pending = self.thread.submit(int)
         self.every = min(SEGMENT_STEPS, args.buffer_size) // args.num_envs * args.num_envs
-        for path in folder.glob("*.npz"):
+        for path in folder.glob("[0-9]" * 12 + ".npz"):
             if int(path.stem) >= global_step:
                 path.unlink()
         rom = Path(ale_py.roms.get_rom_path(envs.game)).read_bytes() if envs.game else b""
@@ -1007,8 +1007,6 @@ def main(args: Args) -> None:
                 if global_step == cut_step:  # the seed follows from the step: a resumed run equals an unbroken one
                     frame, start = envs.reset(reset_seed(args.seed, global_step)), np.ones(args.num_envs, bool)
                     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-                if replay_log and due(replay_log.every):
-                    replay_log.write(agent.replay, global_step)
                 decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
                 epsilon = 0.0 if args.noisy else np.interp(global_step - args.learning_starts, *decay)
                 action = agent.act(frame, start, epsilon).cpu().numpy()
@@ -1016,6 +1014,8 @@ def main(args: Args) -> None:
                 for _ in range(updates(global_step + args.num_envs) - updates(global_step)):
                     metrics, output = agent.learn()
                 next_frame, reward, terminated, truncated, over = envs.recv()
+                if replay_log and due(replay_log.every):  # not the newest row, which may be cut yet
+                    replay_log.write(agent.replay, global_step)
                 agent.store(frame, action, reward.clip(-1, 1), terminated, truncated)
                 frame, start = next_frame, terminated | truncated
                 global_step += args.num_envs

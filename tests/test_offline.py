@@ -262,11 +262,29 @@ def test_wrong_arrays(refused, data, changes, words):
     refused(*words)
 
 
-def test_files_that_are_no_segments(refused, data):
-    for name, content in (("foreign.npz", (data / "000000000000.npz").read_bytes()), ("000000000120.npz", b"text")):
-        (data / name).write_bytes(content)
-        refused()
-        (data / name).unlink()
+def test_a_file_that_is_no_segment_is_named(refused, data):
+    (data / "000000000120.npz").write_bytes(b"text")
+    refused("000000000120.npz is damaged")
+
+
+def test_names_of_others_do_not_count(tmp_path, data):
+    before = opened(small(tmp_path), FRAME)
+    (data / "my-backup.npz").write_bytes(b"text")
+    assert torch.equal(opened(small(tmp_path), FRAME).frames, before.frames)
+
+
+def test_nothing_to_draw(refused, tmp_path):
+    row = Row(np.zeros((2, 12, 12), np.uint8), np.zeros(2, int), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool))
+    write(tmp_path / "data", [row], [1])
+    refused("no step to learn from")
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, data):
+    opened(small(tmp_path), FRAME)
+    (cache,) = (tmp_path / "replay_cache").iterdir()
+    cache.rename(cache.with_name(f"{cache.name}.{os.getpid()}.tmp"))
+    opened(small(tmp_path), FRAME)
+    assert list((tmp_path / "replay_cache").iterdir()) == [cache]
 
 
 def test_damaged_segments_are_never_read_as_if_nothing_was(tmp_path):
