@@ -6,13 +6,16 @@ import importlib
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo  # Adam imports it, which takes seconds: here once, not in every child
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -75,9 +78,10 @@ def checkpoint(run_dir: Path) -> dict:
 
 
 def outcome(run_dir: Path) -> dict:
-    """All that a finished run's future depends on, and its records, but for the column of speeds."""
-    records = {name: (run_dir / name).read_text() for name in ("episodes.csv", "eval.json")}
-    scores = [{key: value for key, value in row.items() if key != "sps"} for row in read_csv(run_dir / "metrics.csv")]
+    """All that a finished run's future depends on, and its records, but for the columns of speeds."""
+    paths = (run_dir / name for name in ("episodes.csv", "eval.json"))  # offline there are none
+    records = {path.name: path.read_text() for path in paths if path.exists()}
+    scores = [{key: row[key] for key in row if key not in ("sps", "ups")} for row in read_csv(run_dir / "metrics.csv")]
     weights = torch.load(run_dir / "weights.pt", weights_only=True)
     return checkpoint(run_dir) | records | {"scores": scores, "weights": weights}
 
@@ -118,6 +122,9 @@ class Child:
 
     def call(self, function, *arguments) -> int:
         gc.freeze()  # what the parent left cannot be taken apart here: its threads are not
+        tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and a killed child may hold it
+        for number in (signal.SIGINT, signal.SIGHUP):  # which a shell in the background or nohup ignores
+            signal.signal(number, signal.SIG_DFL)
         for number, path in enumerate(self.paths, start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
@@ -134,3 +141,16 @@ class Child:
         """Exit code, or minus the signal that ended it; stdout; stderr."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return code, *(path.read_text() for path in self.paths)
+
+
+def at_call(owner, name: str, numbers, act) -> None:
+    """Call `act` before these calls of `owner.name`, counted from 1; within a child, for nothing puts it back."""
+    original, calls = getattr(owner, name), [0]
+
+    def counted(*arguments, **keywords):
+        calls[0] += 1
+        if calls[0] in numbers:
+            act()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, counted)

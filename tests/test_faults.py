@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Child, assert_same_outcome, checkpoint, files, notes, quick, read_csv
+from conftest import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv
 
 import dqn_softmoe
 import rainbow_softmoe
@@ -31,7 +31,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
-def args(tmp_path):
+def args(tmp_path) -> Args:
     """Args of a run in tmp_path / "run"."""
     return Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
 
@@ -42,7 +42,7 @@ def child(tmp_path_factory, args):
 
     def call(patch=lambda: None, **overrides) -> tuple[int, str, str]:
         def run():
-            dqn_softmoe.LOG_EVERY = 100
+            dqn_softmoe.LOG_EVERY = 90
             patch()
             main(replace(args, **overrides))
 
@@ -60,21 +60,17 @@ def error(text: str) -> str:
 
 def fails(owner, name: str, calls, exception: Exception) -> None:
     """Make these calls of `owner.name`, counted from 1, raise; in a child, where nothing puts it back."""
-    original, count = getattr(owner, name), [0]
 
-    def counted(*arguments, **keywords):
-        count[0] += 1
-        if count[0] in calls:
-            raise exception
-        return original(*arguments, **keywords)
+    def fail():
+        raise exception
 
-    setattr(owner, name, counted)
+    at_call(owner, name, calls, fail)
 
 
-def resumes(args: Args, step: int) -> None:
+def resumes(args: Args, step: int | None) -> None:
     """The run goes on from this step to its end, and its records know of no step twice."""
     run = Path(args.runs_dir) / "run"
-    assert checkpoint(run)["progress"]["global_step"] == step
+    assert step in (None, checkpoint(run)["progress"]["global_step"])
     main(replace(args, total_timesteps=800))
     assert checkpoint(run)["progress"]["global_step"] == 800
     assert [int(row["global_step"]) for row in read_csv(run / "metrics.csv")] == [200, 400, 600, 800]
@@ -133,33 +129,17 @@ def test_files_of_the_user_are_neither_read_nor_touched(args, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- failed writes
-def fails_half_way(name: str, calls) -> None:
-    """Writing this file fails in the middle, at these attempts."""
-    original, count = dqn_softmoe.write_file, [0]
-
-    def write_file(path, write):
-        count[0] += path.name == name
-        if path.name == name and count[0] in calls:
-            original(path, write_half)
-        original(path, write)
-
-    def write_half(file):
-        file.write(b"half")
-        raise FULL
-
-    dqn_softmoe.write_file = write_file
-
-
-def limited(name: str, size: int):
-    """The operating system ends this file at that size."""
+def limited(name: str, size: int, calls=(1,)):
+    """The operating system ends the file at that size, these times that it is written."""
     resource = pytest.importorskip("resource")
 
     def patch():
-        original = dqn_softmoe.write_file
+        original, count = dqn_softmoe.write_file, [0]
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
         def write_file(path, write):
-            if path.name == name:
+            count[0] += path.name == name
+            if path.name == name and count[0] in calls:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
             try:
                 original(path, write)
@@ -179,154 +159,94 @@ def all_whole(run: Path) -> None:
     assert list(run.rglob("*.tmp")) == []
 
 
-@pytest.mark.parametrize("size", [0, 20_000, 400_000])
-def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(args, child, tmp_path, size):
-    """The operating system's own error, at the beginning, in the networks and in the replay."""
-    code, out, err = child(limited("checkpoint.pt", size))
-    assert code == 1 and "600 agent steps done" in out
-    (line,) = notes(err)
-    assert line.startswith("warning: ") and "step 600" in line
-    run = tmp_path / "run"
-    assert not (run / "checkpoint.pt").exists() and (run / "weights.pt").exists() and (run / "eval.json").exists()
-    all_whole(run)
-
-
-def test_a_checkpoint_that_fails_once_is_made_up_for_by_the_next(args, child, tmp_path):
-    code, _, err = child(lambda: fails_half_way("checkpoint.pt", [2]), checkpoint_every=200)
-    (line,) = notes(err)
-    assert code == 0 and line.startswith("warning: ") and "step 400" in line and str(FULL) in line
-    resumes(args, 600)
-
-
-def test_a_last_checkpoint_that_fails(args, child, tmp_path):
-    code, out, err = child(lambda: fails_half_way("checkpoint.pt", [2, 3]), checkpoint_every=200)
-    assert code == 1 and len(notes(err)) == 2 and "600 agent steps done" in out
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["finished"] == 0
-    resumes(replace(args, checkpoint_every=200), 200)
+@pytest.mark.parametrize("calls, size, code, step", [([2], 20_000, 0, 600), ([2, 3], 400_000, 1, 200)])
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(args, child, tmp_path, calls, size, code, step):
+    """Which goes wrong in the networks or in the replay; the run goes on, and says in the end if it was the last."""
+    found, out, err = child(limited("checkpoint.pt", size, calls), checkpoint_every=200)
+    assert found == code and "600 agent steps done" in out
+    for line, at in zip(notes(err), (400, 600)[: len(calls)], strict=True):
+        assert line.startswith("warning: ") and f"step {at}" in line and "File too large" in line
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["finished"] == (0 if code else 600)
+    all_whole(tmp_path / "run")
+    resumes(replace(args, checkpoint_every=200), step)
 
 
 OTHER_FILES = {  # what fails -> the step that the run goes on from
     "weights": (limited("weights.pt", 20_000), 600),
     "weights in mid-run": (limited("500.pt", 20_000), 500),
     "evaluation": (limited("eval.json", 50), 600),
-    "configuration at the end": (lambda: fails_half_way("config.json", [2]), 600),
+    "configuration at the end": (limited("config.json", 100, [2]), 600),
 }
 
 
 @pytest.mark.parametrize("patch, step", OTHER_FILES.values(), ids=OTHER_FILES)
 def test_a_file_that_does_not_fit(args, child, tmp_path, patch, step):
     code, _, err = child(patch, weights_every=500)
-    assert code == 2 and ("No space left" in error(err) or "File too large" in error(err))
+    assert code == 2 and "File too large" in error(err)
     all_whole(tmp_path / "run")
     resumes(args, step)
 
 
 def test_a_configuration_that_does_not_fit(child, tmp_path):
     code, _, err = child(limited("config.json", 100))
-    assert code == 2 and "File too large" in error(err)
-    assert files(tmp_path) == {}
+    assert code == 2 and "File too large" in error(err) and files(tmp_path) == {}
 
 
-class FullCsv:
-    def __init__(self, file):
-        self.file, self.rows = file, 0
-
-    def write(self, row):
-        self.rows += 1
-        if self.rows == 2:
-            self.file.write(row[:3])
-            raise FULL
-        self.file.write(row)
-
-    def close(self):
-        self.file.close()
-
-
-def test_a_record_that_does_not_fit(args, child):
+def full_tensorboard(name: str, calls):
     def patch():
-        original = dqn_softmoe.open_csv
-        dqn_softmoe.open_csv = lambda path, *more: (FullCsv((opened := original(path, *more))[0]), opened[1])
+        from tensorboard.summary.writer import record_writer
 
-    code, _, err = child(patch)
-    assert code == 2 and "No space left" in error(err)
-    resumes(args, 80)  # the first four games end together, of which the second's row is cut off
+        fails(record_writer.RecordWriter, name, calls, FULL)
+        threading.excepthook = lambda _: None  # TensorBoard's own thread dies of it
 
-
-def full_tensorboard() -> None:
-    from tensorboard.summary.writer import record_writer
-
-    fails(record_writer.RecordWriter, "write", range(20, 10**6), FULL)
-    threading.excepthook = lambda _: None  # TensorBoard's own thread dies of it
+    return patch
 
 
-def full_tensorboard_flush() -> None:
-    from tensorboard.summary.writer import record_writer
+RECORDS = {  # what fails -> the step that the run goes on from
+    "a row": (lambda: fails(dqn_softmoe.RunLog, "episode", [2], FULL), 80),
+    "curves": (full_tensorboard("write", range(20, 10**6)), None),
+    "curves, as a checkpoint is written": (full_tensorboard("flush", range(2, 10**6)), 400),
+}
 
-    fails(record_writer.RecordWriter, "flush", range(2, 10**6), FULL)
-    threading.excepthook = lambda _: None
 
-
-@pytest.mark.parametrize("patch", [full_tensorboard, full_tensorboard_flush])
-def test_curves_that_do_not_fit(args, child, tmp_path, patch):
-    """They are no reason to lose a checkpoint that does."""
+@pytest.mark.parametrize("patch, step", RECORDS.values(), ids=RECORDS)
+def test_records_that_do_not_fit(args, child, patch, step):
+    """They end the run, but cost no checkpoint."""
     code, _, err = child(patch, checkpoint_every=400)
-    assert code == 2 and "No space left" in notes(err)[-1]
-    assert "Traceback" not in err
-    assert checkpoint(tmp_path / "run")["progress"]["global_step"] >= 80
+    assert code == 2 and "No space left" in error(err)
+    resumes(args, step)
 
 
-# -------------------------------------------------------------------------------------------------- broken pipes
-COMMAND = [sys.executable, str(ROOT / "dqn_softmoe.py")]
-
-
-def environment(**more: str) -> dict:
-    return os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"} | more
-
-
-def test_nobody_reads_any_more(tmp_path):
+def test_nobody_reads_any_more(args, child):
     """Like `2>&1 | head`: the run stops, but saves what it has done."""
-    line = [*COMMAND, "--env-id", "pixel_game:PixelCatch-v0", "--encoder", "nature", "--no-cuda", "--run-name", "run"]
-    line += ["--buffer-size", "1000", "--learning-starts", "1000000"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment(), "cwd": tmp_path}
-    run = subprocess.Popen([sys.executable, "-c", FAST_BAR, *line[1:]], **pipes)
-    read = run.stdout.readline()
-    while b"%|" not in read:
-        read = run.stdout.read1(200)
-    run.stdout.close()
-    assert run.wait(timeout=60) == 2
-    step = checkpoint(tmp_path / "runs" / "run")["progress"]["global_step"]
-    assert step > 0
-    all_whole(tmp_path / "runs" / "run")
 
+    def patch():
+        readers, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        dqn_softmoe.BAR["mininterval"] = 0.0
+        at_call(dqn_softmoe.Environments, "send", [101], lambda: os.close(readers))
 
-# A bar writes every 30 s where it is no terminal.
-FAST_BAR = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-sys.stderr.isatty = lambda: True
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+    assert child(patch)[0] == 2
+    resumes(args, 404)
 
 
 # --------------------------------------------------------------------------------------------------- bugs, not faults
-@pytest.mark.parametrize("where", ["Environments.recv", "Agent.update", "Agent.act"])
-def test_a_bug_in_mid_run_has_a_traceback_and_loses_no_round(args, child, where):
-    def patch():
-        owner, name = where.split(".")
-        calls = {"recv": 90, "act": 90, "update": 40}[name]
-        fails(getattr(dqn_softmoe, owner), name, [calls], RuntimeError("CUDA error: an illegal memory access"))
+BUGS = [("Environments", "recv", 90), ("Agent", "act", 90), ("Agent", "update", 40)]
 
-    code, _, err = child(patch)
-    assert code == 1 and "Traceback" in err and "CUDA error: an illegal memory access" in err
-    assert "warning" not in err
+
+@pytest.mark.parametrize("owner, name, call", BUGS)
+def test_a_bug_in_mid_run_has_a_traceback_and_loses_no_round(args, child, owner, name, call):
+    bug = RuntimeError("CUDA error: an illegal memory access")
+    code, _, err = child(lambda: fails(getattr(dqn_softmoe, owner), name, [call], bug))
+    assert code == 1 and "Traceback" in err and str(bug) in err and "warning" not in err
     resumes(args, 356)
 
 
 def test_a_bug_while_saving_is_no_full_disk(args, child):
     bug = RuntimeError("CUDA error: device-side assert triggered")
     code, _, err = child(lambda: fails(torch, "save", [2, 3], bug), checkpoint_every=200)
-    assert code == 1 and "Traceback" in err and "device-side assert" in err and "warning" not in err
+    assert code == 1 and "Traceback" in err and str(bug) in err and "warning" not in err
     resumes(replace(args, checkpoint_every=200), 200)
 
 
@@ -343,17 +263,16 @@ def poisoned(good: int) -> None:
     dqn_softmoe.td_loss = td_loss
 
 
-@pytest.mark.parametrize("log_every", [100, 10_000], ids=["seen in the records", "seen in the weights"])
-def test_a_loss_that_is_not_finite_reaches_no_checkpoint(args, child, tmp_path, log_every):
-    """Updates after 200 steps, one in 4; the checkpoint of 400 is the last good one."""
+@pytest.mark.parametrize("log_every, step", [(100, 500), (10_000, 600)])
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(args, child, tmp_path, log_every, step):
+    """Updates after 200 steps, one in 4; seen in the records, or in the weights; the checkpoint of 400 stays."""
 
     def patch():
         dqn_softmoe.LOG_EVERY = log_every
         poisoned(60)
 
     code, _, err = child(patch, checkpoint_every=200)
-    line = error(err)
-    assert code == 2 and f"{500 if log_every == 100 else 600}" in line and str(tmp_path / "run/checkpoint.pt") in line
+    assert code == 2 and f"{step}" in error(err) and str(tmp_path / "run" / "checkpoint.pt") in err
     assert all(weight.isfinite().all() for weight in checkpoint(tmp_path / "run")["q_network"].values())
     assert not (tmp_path / "run" / "weights.pt").exists()
     resumes(replace(args, checkpoint_every=200), 400)
@@ -361,53 +280,28 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(args, child, tmp_path, 
 
 # -------------------------------------------------------------------------------------------------------- memory
 GB = 10**9
-UNLIMITED_V1 = "9223372036854771712"
+
+
+def group(path: str, limit: object, used: int) -> dict[str, str]:
+    """The files of a group in either hierarchy."""
+    v1 = path.startswith("memory")
+    names = ("memory.limit_in_bytes", "total_rss") if v1 else ("memory.max", "anon")
+    return {
+        f"/sys/fs/cgroup/{path}/{names[0]}": f"{limit}\n",
+        f"/sys/fs/cgroup/{path}/memory.stat": f"{'rss' if v1 else 'file'} {9 * GB}\n{names[1]} {used}\n",
+    }
+
+
+V1 = {"/proc/self/cgroup": "9:cpu,cpuacct:/slurm/job\n4:memory:/slurm/job\n0::/other\n"}
+V2 = {"/proc/self/cgroup": "0::/a/b\n"}
 MEMORY = {  # files of the system -> bytes that are free
-    "no limit": ({"/proc/self/cgroup": "0::/\n"}, 8 * GB),
-    "v2, its own": (
-        {
-            "/proc/self/cgroup": "0::/a/b\n",
-            "/sys/fs/cgroup/a/b/memory.max": f"{5 * GB}\n",
-            "/sys/fs/cgroup/a/b/memory.stat": f"anon {GB}\nfile {GB}\n",
-        },
-        4 * GB,
-    ),
-    "v2, its parent's": (
-        {
-            "/proc/self/cgroup": "0::/a/b\n",
-            "/sys/fs/cgroup/a/b/memory.max": "max\n",
-            "/sys/fs/cgroup/a/b/memory.stat": f"anon {GB}\n",
-            "/sys/fs/cgroup/a/memory.max": f"{3 * GB}\n",
-            "/sys/fs/cgroup/a/memory.stat": f"anon {2 * GB}\n",
-        },
-        GB,
-    ),
-    "v2, the system has less": (
-        {
-            "/proc/self/cgroup": "0::/a\n",
-            "/sys/fs/cgroup/a/memory.max": f"{50 * GB}\n",
-            "/sys/fs/cgroup/a/memory.stat": "anon 0\n",
-        },
-        8 * GB,
-    ),
-    "v1, a job's": (
-        {
-            "/proc/self/cgroup": "9:cpu,cpuacct:/slurm/job\n4:memory:/slurm/job\n0::/other\n",
-            "/sys/fs/cgroup/memory/slurm/job/memory.limit_in_bytes": f"{UNLIMITED_V1}\n",
-            "/sys/fs/cgroup/memory/slurm/job/memory.stat": f"cache {GB}\ntotal_rss {GB}\n",
-            "/sys/fs/cgroup/memory/slurm/memory.limit_in_bytes": f"{6 * GB}\n",
-            "/sys/fs/cgroup/memory/slurm/memory.stat": f"rss 0\ntotal_rss {4 * GB}\n",
-        },
-        2 * GB,
-    ),
-    "v1, a container's, which sees another root": (
-        {
-            "/proc/self/cgroup": "4:memory:/docker/0123\n",
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2 * GB}\n",
-            "/sys/fs/cgroup/memory/memory.stat": f"total_rss {GB // 2}\n",
-        },
-        2 * GB - GB // 2,
-    ),
+    "no limit": (V2, 8 * GB),
+    "v2, its own": (V2 | group("a/b", 5 * GB, GB), 4 * GB),
+    "v2, its parent's": (V2 | group("a/b", "max", GB) | group("a", 3 * GB, 2 * GB), GB),
+    "v2, the system has less": (V2 | group("a", 50 * GB, 0), 8 * GB),
+    "v1, a job's": (V1 | group("memory/slurm/job", 2**63 - 4096, GB) | group("memory/slurm", 6 * GB, 4 * GB), 2 * GB),
+    "v1, a container's, which sees another root": (V1 | group("memory", 2 * GB, GB // 2), 2 * GB - GB // 2),
+    "no such files": (None, math.inf),
 }
 
 
@@ -430,11 +324,6 @@ def fake_system(patch: pytest.MonkeyPatch, files: dict[str, str] | None) -> None
 def test_free_memory_is_the_least_of_system_and_groups(monkeypatch, system, free):
     fake_system(monkeypatch, system)
     assert free_memory() == pytest.approx(free, rel=1e-6)
-
-
-def test_free_memory_where_it_cannot_be_known(monkeypatch):
-    fake_system(monkeypatch, None)
-    assert free_memory() == math.inf
 
 
 def test_a_buffer_that_memory_does_not_hold_is_refused_before_it_is_taken(args, capsys, monkeypatch, tmp_path):
@@ -488,8 +377,8 @@ def test_a_run_on_a_poorer_system(child, args):
 
 
 def test_help_in_ascii_and_without_docstrings(tmp_path):
-    line = [sys.executable, "-OO", *COMMAND[1:], "--help"]
-    env = environment(LC_ALL="C", PYTHONIOENCODING="ascii", COLUMNS="100")
+    line = [sys.executable, "-OO", str(ROOT / "dqn_softmoe.py"), "--help"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stderr == b"" and b"--weights-every" in done.stdout
 
@@ -513,11 +402,17 @@ def test_resuming_a_run_that_cannot_be_written(args, child, tmp_path):
     assert code == 2 and "PermissionError" in error(err) and files(tmp_path) == before
 
 
+def refused_resume(script, run: Path, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(run)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, script.one_line_errors(Exception):
+        script.main(script.parse_args())
+    assert stop.value.code == 2
+    return error(capsys.readouterr().err)
+
+
 def test_resuming_a_run_that_is_missing(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["dqn_softmoe.py", "--resume", str(tmp_path / "no such run")])
-    with pytest.raises(SystemExit) as stop, dqn_softmoe.one_line_errors(Exception):
-        main(dqn_softmoe.parse_args())
-    assert stop.value.code == 2 and "no such run" in error(capsys.readouterr().err)
+    assert "no such run" in refused_resume(dqn_softmoe, tmp_path / "no such run", monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -525,8 +420,4 @@ def test_resuming_a_run_that_is_missing(monkeypatch, capsys, tmp_path):
 def test_resuming_another_script_s_run(script, other, monkeypatch, capsys, tmp_path):
     other.main(other.Args(**quick(runs_dir=str(tmp_path), run_name="run", total_timesteps=300)))
     before = files(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["script.py", "--resume", str(tmp_path / "run")])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop, script.one_line_errors(Exception):
-        script.main(script.parse_args())
-    assert stop.value.code == 2 and error(capsys.readouterr().err) and files(tmp_path) == before
+    assert refused_resume(script, tmp_path / "run", monkeypatch, capsys) and files(tmp_path) == before
