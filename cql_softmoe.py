@@ -25,6 +25,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -258,19 +259,20 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     loss to `reward + discount * max_a Q_target(next_obs, a)`. CQL: mean of logsumexp_a Q(obs, a) - Q(obs, action), on
     expected returns. Returns the loss (0-D), 0-D metrics, and the online network's MoEOutput or None.
     """
-    support, rows = q_network.support, torch.arange(len(batch.action), device=batch.action.device)
+    support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
     q_values = q_network.expected(logits)  # (B, A)
-    q_taken = q_values[rows, batch.action]  # (B,)
+    q_taken = q_values.gather(1, batch.action[:, None])[:, 0]  # (B,)
     with torch.no_grad():
         next_logits = target_network(batch.next_obs)[0]  # (B, A, N)
         double = args.distributional and args.double
         next_q = q_network.q_values(batch.next_obs) if double else target_network.expected(next_logits)  # (B, A)
-        next_logits = next_logits[rows, next_q.argmax(dim=1)]  # (B, N)
+        next_logits = next_logits.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
     if args.distributional:
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
         target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
-        loss = -(target_probs * logits[rows, batch.action].log_softmax(dim=1)).sum(dim=1).mean()
+        log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
+        loss = -(target_probs * log_probs).sum(dim=1).mean()
     else:
         loss = F.smooth_l1_loss(q_taken, batch.reward + batch.discount * next_logits[:, 0])
     cql = (q_values.logsumexp(dim=1) - q_taken).mean()
@@ -526,6 +528,11 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     """
     N, device = args.num_envs, next(q_network.parameters()).device
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
+
+    def act(frame, start) -> Tensor:
+        return select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
+
+    act = CudaGraph(act) if device.type == "cuda" and args.cuda_graphs else act
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), []
     running, length = np.zeros(N), np.zeros(N, int)
     q_network.eval()
@@ -533,8 +540,7 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for step in itertools.count(1):
-            action = select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
-            envs.send(action.cpu().numpy())
+            envs.send(act(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
             start, running, length = terminated | truncated, running + reward, length + 1
             if (length == MAX_EPISODE_STEPS).any():
@@ -555,38 +561,61 @@ class CudaGraph:
     """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
 
     The first calls run eagerly (cuDNN picks its algorithms, torch.compile compiles), the next is captured, and each
-    call counts once: capturing does not execute. Inputs keep their shapes; host arrays travel through pinned memory.
-    `function` must only use tensors that stay in place, and the default generators for random numbers.
+    call counts once: capturing does not execute. Inputs are host arrays, always of the same shapes and types; they
+    travel side by side in one copy from pinned memory. `function` must only use tensors that stay in place, and the
+    default generators for random numbers.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
         self.function, self.warmup, self.graph, self.inputs = function, warmup, None, None
-        self.stream, self.copied = torch.cuda.Stream(), torch.cuda.Event()
+        self.copied = torch.cuda.Event()
 
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
-            self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in inputs]
+            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels read 16 bytes at a time
+            self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
+
+            def views(memory):
+                parts = zip(memory.split(sizes), inputs, strict=True)
+                return [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in parts]
+
+            self.staged, self.inputs = views(self.pinned), views(self.buffer)
         if inputs:
-            self.copied.synchronize()  # the last call's copies still read the pinned buffers
-        for static, pinned, x in zip(self.inputs, self.pinned, inputs, strict=True):
-            static.copy_(x if x.is_cuda else pinned.copy_(x), non_blocking=True)
-        self.copied.record()
+            self.copied.synchronize()  # the last call's copy still reads the pinned memory
+            for staged, x in zip(self.staged, inputs, strict=True):
+                staged.copy_(x)
+            self.buffer.copy_(self.pinned, non_blocking=True)
+            self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
+            return self.function(*self.inputs)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # Other threads (TensorBoard, pinning) may call CUDA while this one captures.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
+
+
+def open_device(args: Args) -> torch.device:
+    """The GPU, if it is wanted and works; ValueError where nothing can be compiled for it."""
+    try:
+        if not args.cuda:
+            return torch.device("cpu")
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        print(f"running on the CPU: {str(error).split('. ')[0]}", file=sys.stderr)
+        return torch.device("cpu")
+    compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
+    if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
+        raise ValueError(f"--compile needs a C compiler, gcc or clang, and {headers}; --no-compile does without")
+    torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be captured
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it there
+    return torch.device("cuda")
 
 
 class Agent:
@@ -595,13 +624,8 @@ class Agent:
     PARTS = ("q_network", "target_network", "optimizer")
 
     def __init__(self, args: Args, envs: Environments):
-        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        device = open_device(args)
         graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
-        if args.cuda and device.type == "cpu":
-            print("no CUDA device: running on the CPU", file=sys.stderr)
-        if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
-        torch.backends.cudnn.benchmark = True
         self.args, self.device = args, device
         networks = (QNetwork(args, (STACK_SIZE, *envs.frame_shape), envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
@@ -611,15 +635,17 @@ class Agent:
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
         folder, num_envs = open_dataset(args, envs)
         self.data = Dataset(folder, num_envs, n_step=args.n_step, gamma=args.gamma)
-        need = sum(buffer.nbytes for buffer in self.data.buffers())
-        on_device = (
-            device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]
-        )
-        self.data.to(device if on_device else "cpu")
-        self.loss = torch.compile(td_loss, dynamic=False) if compiled else td_loss
+        need, place = sum(buffer.nbytes for buffer in self.data.buffers()), torch.device("cpu")
+        if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
+            place = device
+        self.data.to(place)
+        compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
+        self.loss = compile(td_loss)
+        if place == device:
+            self.data.sample = compile(self.data.sample)
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
-            if on_device:
+            if place == device:
                 self.learn = CudaGraph(self.learn)
             else:  # batches come from the host
                 self.update = CudaGraph(self.update)
@@ -639,7 +665,7 @@ class Agent:
 
     def save(self, path: Path, progress: dict) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
-        if not all(weight.isfinite().all() for weight in self.q_network.parameters()):
+        if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
             raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
         state["random"] = [generator.get_state() for generator in self.generators]

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -269,14 +270,16 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     """
     if args.augment:
         batch = batch._replace(obs=augment(batch.obs), next_obs=augment(batch.next_obs))
-    support, rows = q_network.support, torch.arange(len(batch.action), device=batch.action.device)
+    support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
     with torch.no_grad():
         next_probs = target_network(batch.next_obs)[0].softmax(dim=2)  # (B, A, N)
         next_q = q_network.q_values(batch.next_obs) if args.double else next_probs @ support  # (B, A)
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
-        target_probs = project_distribution(atoms, next_probs[rows, next_q.argmax(dim=1)], support)  # (B, N)
-    log_probs = logits[rows, batch.action].log_softmax(dim=1)  # (B, N)
+        next_probs = next_probs.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
+        target_probs = project_distribution(atoms, next_probs, support)  # (B, N)
+    # Indexing, [rows, actions], would do as well, but sorts in its gradient.
+    log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
     losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
     loss = (batch.importance_weights * losses).mean()
     q_taken = log_probs.detach().exp() @ support  # (B,)
@@ -555,14 +558,18 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
     """
     N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
+
+    def act(frame, start) -> Tensor:
+        return select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
+
+    act = CudaGraph(act) if device.type == "cuda" and args.cuda_graphs else act
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), np.zeros(N)
     q_network.eval()
     bar = tqdm(total=N, desc="evaluating", unit="episode", **BAR)
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(MAX_EPISODE_STEPS):
-            action = select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
-            envs.send(action.cpu().numpy())
+            envs.send(act(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
             start, returns = terminated | truncated, returns + reward * playing
             bar.update(int((playing & over).sum()))
@@ -580,38 +587,61 @@ class CudaGraph:
     """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
 
     The first calls run eagerly (cuDNN picks its algorithms, torch.compile compiles), the next is captured, and each
-    call counts once: capturing does not execute. Inputs keep their shapes; host arrays travel through pinned memory.
-    `function` must only use tensors that stay in place, and the default generators for random numbers.
+    call counts once: capturing does not execute. Inputs are host arrays, always of the same shapes and types; they
+    travel side by side in one copy from pinned memory. `function` must only use tensors that stay in place, and the
+    default generators for random numbers.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
         self.function, self.warmup, self.graph, self.inputs = function, warmup, None, None
-        self.stream, self.copied = torch.cuda.Stream(), torch.cuda.Event()
+        self.copied = torch.cuda.Event()
 
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in inputs]
-            self.pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in inputs]
+            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels read 16 bytes at a time
+            self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+            self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
+
+            def views(memory):
+                parts = zip(memory.split(sizes), inputs, strict=True)
+                return [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in parts]
+
+            self.staged, self.inputs = views(self.pinned), views(self.buffer)
         if inputs:
-            self.copied.synchronize()  # the last call's copies still read the pinned buffers
-        for static, pinned, x in zip(self.inputs, self.pinned, inputs, strict=True):
-            static.copy_(x if x.is_cuda else pinned.copy_(x), non_blocking=True)
-        self.copied.record()
+            self.copied.synchronize()  # the last call's copy still reads the pinned memory
+            for staged, x in zip(self.staged, inputs, strict=True):
+                staged.copy_(x)
+            self.buffer.copy_(self.pinned, non_blocking=True)
+            self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
+            return self.function(*self.inputs)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # Other threads (TensorBoard, pinning) may call CUDA while this one captures.
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self.function(*self.inputs)
         self.graph.replay()
         return self.outputs
+
+
+def open_device(args: Args) -> torch.device:
+    """The GPU, if it is wanted and works; ValueError where nothing can be compiled for it."""
+    try:
+        if not args.cuda:
+            return torch.device("cpu")
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        print(f"running on the CPU: {str(error).split('. ')[0]}", file=sys.stderr)
+        return torch.device("cpu")
+    compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
+    if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
+        raise ValueError(f"--compile needs a C compiler, gcc or clang, and {headers}; --no-compile does without")
+    torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be captured
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it there
+    return torch.device("cuda")
 
 
 class Agent:
@@ -620,15 +650,11 @@ class Agent:
     PARTS = ("q_network", "target_network", "optimizer", "replay")
 
     def __init__(self, args: Args, envs: Environments):
-        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        device = open_device(args)
         graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
-        if args.cuda and device.type == "cpu":
-            print("no CUDA device: running on the CPU", file=sys.stderr)
-        if compiled and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            raise ValueError("--compile needs a C compiler, gcc or clang; --no-compile does without")
-        torch.backends.cudnn.benchmark = True
         self.args, self.device = args, device
         self.obs = torch.zeros(args.num_envs, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
+        self.action = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
         networks = (QNetwork(args, self.obs.shape[1:], envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
         self.target_network.load_state_dict(self.q_network.state_dict())
@@ -638,20 +664,36 @@ class Agent:
         place, window = replay_device(args, envs.frame_shape, device), {"n_step": args.n_step, "gamma": args.gamma}
         buffer = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
         self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
-        self.store = self.replay.add
-        self.loss = torch.compile(td_loss, dynamic=False) if compiled else td_loss
+        compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
+        self.loss, self.policy = compile(td_loss), compile(self.policy)
+        if place == device:
+            self.replay.add, self.replay.sample = compile(self.replay.add), compile(self.replay.sample)
+            if args.prioritized:
+                self.replay.update_priorities = compile(self.replay.update_priorities)
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
-            self.act = CudaGraph(self.act)
             if place == device:
-                self.store, self.learn = CudaGraph(self.store), CudaGraph(self.learn)
+                self.step, self.learn = CudaGraph(self.step), CudaGraph(self.learn)
             else:  # batches come from the host
-                self.update = CudaGraph(self.update)
+                self.act, self.update = CudaGraph(self.act), CudaGraph(self.update)
+
+    def act(self, *inputs) -> Tensor:
+        """Actions (N,) for the newest frames (N, H, W), `start` (N,) where they begin an episode, and epsilon."""
+        return self.policy(*(torch.as_tensor(x, device=self.device) for x in inputs))
 
     @torch.no_grad()
-    def act(self, frame, start, epsilon) -> Tensor:
-        """Actions (N,) for the newest frames (N, H, W); `start` (N,) where they begin an episode."""
-        return select_actions(self.q_network.q_values(push(self.obs, frame, start)), epsilon)
+    def policy(self, frame: Tensor, start: Tensor, epsilon: Tensor) -> Tensor:
+        """`act` on the device."""
+        return self.action.copy_(select_actions(self.q_network.q_values(push(self.obs, frame, start)), epsilon))
+
+    def store(self, reward, terminated, truncated) -> None:
+        """Put into the replay what came of the last actions, all (N,)."""
+        self.replay.add(self.obs[:, -1], self.action, reward, terminated, truncated)
+
+    def step(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
+        """`store`, then `act`; in one CUDA graph, to which the frames travel once."""
+        self.store(reward, terminated, truncated)
+        return self.act(frame, terminated | truncated, epsilon)
 
     def learn(self) -> tuple:
         """Draw a batch and update; returns the loss's metrics and MoEOutput."""
@@ -673,7 +715,7 @@ class Agent:
 
     def save(self, path: Path, progress: dict) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
-        if not all(weight.isfinite().all() for weight in self.q_network.parameters()):
+        if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
             raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
         state["random"] = [generator.get_state() for generator in self.generators]
@@ -946,15 +988,12 @@ def finish(args: Args, agent: Agent, log: RunLog, run_dir: Path, global_step: in
     seed = reset_seed(args.seed, global_step, evaluation=True)
     returns = evaluate(agent.q_network, args, seed, stop) if args.eval_episodes else []
     if returns and not stop.is_set():
-        result = {
-            "episodes": len(returns),
-            "mean_return": np.mean(returns).item(),
-            "std_return": np.std(returns).item(),
-        }
-        result |= {"epsilon": args.eval_epsilon, "global_step": global_step, "returns": returns}
+        mean, std = np.mean(returns).item(), np.std(returns).item()
+        result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
+        result |= {"global_step": global_step, "returns": returns}
         write_json(run_dir / "eval.json", result)
-        log.scalars(global_step, {"charts/eval_return": result["mean_return"]})
-        print(f"evaluation: mean return {result['mean_return']:.2f} over {len(returns)} episodes")
+        log.scalars(global_step, {"charts/eval_return": mean})
+        print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
 
 
 def main(args: Args) -> None:
@@ -977,7 +1016,7 @@ def main(args: Args) -> None:
         print(describe(args, run_dir, envs, agent), flush=True)
         replay_log = ReplayLog(run_dir / "replay", args, envs, global_step) if args.save_replay else None
         log = RunLog(run_dir, args, global_step)
-    saved, cut_step, metrics, output = True, global_step, {}, None
+    saved, cut_step, outcome, metrics, output = True, global_step, (), {}, None
 
     def due(every: int) -> bool:
         return every > 0 and global_step // every > (global_step - args.num_envs) // every
@@ -987,6 +1026,8 @@ def main(args: Args) -> None:
 
     def checkpoint() -> bool:
         """Cut the running episodes and save; False, after a warning, where that cannot be written."""
+        if agent.replay.cursor * args.num_envs < global_step:  # the last row is not there yet
+            agent.store(*outcome)
         agent.replay.cut()
         try:
             if replay_log:
@@ -1004,20 +1045,21 @@ def main(args: Args) -> None:
         stop = stop_on_signals(stack)
         try:
             while global_step < args.total_timesteps and not stop.is_set():
-                if global_step == cut_step:  # the seed follows from the step: a resumed run equals an unbroken one
-                    frame, start = envs.reset(reset_seed(args.seed, global_step)), np.ones(args.num_envs, bool)
-                    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
                 decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
                 epsilon = 0.0 if args.noisy else np.interp(global_step - args.learning_starts, *decay)
-                action = agent.act(frame, start, epsilon).cpu().numpy()
-                envs.send(action)  # emulation goes on while the learner works
+                if global_step == cut_step:  # the seed follows from the step: a resumed run equals an unbroken one
+                    frame = envs.reset(reset_seed(args.seed, global_step))
+                    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+                    action = agent.act(frame, np.ones(args.num_envs, bool), epsilon)
+                else:
+                    action = agent.step(frame, *outcome, epsilon)
+                envs.send(action.cpu().numpy())  # emulation goes on while the learner works
                 for _ in range(updates(global_step + args.num_envs) - updates(global_step)):
                     metrics, output = agent.learn()
-                next_frame, reward, terminated, truncated, over = envs.recv()
+                frame, reward, terminated, truncated, over = envs.recv()
                 if replay_log and due(replay_log.every):  # not the newest row, which may be cut yet
                     replay_log.write(agent.replay, global_step)
-                agent.store(frame, action, reward.clip(-1, 1), terminated, truncated)
-                frame, start = next_frame, terminated | truncated
+                outcome = reward.clip(-1, 1), terminated, truncated
                 global_step += args.num_envs
                 if due(args.target_network_frequency):
                     agent.target_network.load_state_dict(agent.q_network.state_dict())

@@ -7,16 +7,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from conftest import AGENTS, checkpoint, only_run, quick
 
 import der_softmoe
 import dqn_softmoe
 import rainbow_softmoe
-from dqn_softmoe import CudaGraph, ReplayBuffer
-from rainbow_softmoe import PrioritizedReplayBuffer
 
 pytestmark = pytest.mark.cuda
 ENVS = SimpleNamespace(frame_shape=(84, 84), num_actions=4)
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh():
+    torch._dynamo.reset()  # one process compiles a function for a few agents only
+    with torch._inductor.config.patch(fallback_random=True):  # compiled code draws what eager code does
+        yield
 
 
 def learner(script, cuda_graphs, **settings):
@@ -27,11 +33,11 @@ def learner(script, cuda_graphs, **settings):
     rng = np.random.default_rng(0)
     for _ in range(300):
         frame, (terminated, truncated) = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((2, 4)) < 0.02
-        agent.store(frame, rng.integers(0, 4, 4), rng.standard_normal(4), terminated, truncated & ~terminated)
+        agent.replay.add(frame, rng.integers(0, 4, 4), rng.standard_normal(4), terminated, truncated & ~terminated)
     return agent
 
 
-# A compiled loss draws its noise in another order than an eager one.
+# A compiled loss may draw its noise in another order than an eager one.
 LEARNERS = [(dqn_softmoe, {}), (dqn_softmoe, {"compile": True}), (dqn_softmoe, {"replay_device": "cpu"})]
 LEARNERS += [(rainbow_softmoe, {}), (rainbow_softmoe, {"compile": True, "noisy": False}), (der_softmoe, {})]
 LEARNERS += [(der_softmoe, {"augment": True}), (rainbow_softmoe, {"double": False, "dueling": False})]
@@ -63,23 +69,25 @@ def test_nothing_in_learn_act_and_store_waits_for_the_device(script):
     try:
         for _ in range(3):
             agent.learn()
-            agent.store(frame, agent.act(frame, flags, 0.1), zeros, flags, flags)
+            agent.step(frame, zeros, flags, flags, zeros[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("replay_type", [ReplayBuffer, PrioritizedReplayBuffer])
-def test_a_graphed_replay_is_the_host_s(replay_type):
-    """Storing through a graph gives the same ring, and the same priorities, as storing on the host."""
-    host, device = (replay_type(400, 2, (6, 6), n_step=3).to(name) for name in ("cpu", "cuda"))
-    store, rng = CudaGraph(device.add, warmup=3), np.random.default_rng(0)
-    for _ in range(500):
-        frame, (terminated, truncated) = rng.integers(0, 256, (2, 6, 6), dtype=np.uint8), rng.random((2, 2)) < 0.1
-        row = (frame, rng.integers(0, 4, 2), rng.standard_normal(2), terminated, truncated & ~terminated)
-        host.add(*row)
-        store(*row)
-    for name, value in device.state_dict().items():
-        assert torch.equal(value, host.state_dict()[name]), name
+@pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
+def test_acting_and_storing_in_one_graph_is_eager_acting_and_storing(script):
+    actions = []
+    for cuda_graphs in (False, True):
+        agent, rng = learner(script, cuda_graphs), np.random.default_rng(0)
+        torch.manual_seed(1)
+        agent.act(rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), np.ones(4, bool), 1.0)
+        for step in range(60):
+            frame, flags = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((2, 4)) < 0.1
+            outcome = rng.standard_normal(4), flags[0], flags[1] & ~flags[0]
+            actions.append(agent.step(frame, *outcome, np.float64(1 - step / 60)).cpu())
+        actions += [agent.obs, *agent.replay.state_dict().values()]
+    for eager, graphed in zip(actions[: len(actions) // 2], actions[len(actions) // 2 :], strict=True):
+        assert torch.equal(eager, graphed)
 
 
 SWITCHES = [(script, {}) for script in AGENTS] + [("rainbow_softmoe", {"prioritized": False})]

@@ -12,12 +12,12 @@ from conftest import ROOT
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
     "moe_layers.py": 430,
-    "dqn_softmoe.py": 930,
-    "rainbow_softmoe.py": 1_000,
-    "der_softmoe.py": 1_020,
-    "cql_softmoe.py": 920,
+    "dqn_softmoe.py": 960,
+    "rainbow_softmoe.py": 1_040,
+    "der_softmoe.py": 1_055,
+    "cql_softmoe.py": 950,
     "longest function": 40,
-    "main": 95,
+    "main": 97,
     "dqn_softmoe.py -> rainbow_softmoe.py": 200,
     "rainbow_softmoe.py -> der_softmoe.py": 60,
 }

@@ -1,0 +1,217 @@
+"""What can be known of the GPU path without a GPU.
+
+Graphed runs equal eager ones, to the bit, where CUDA graphs are emulated; nothing mixes devices or waits where tensors
+are fake; torch.compile makes one graph of each function, once. Planted faults are found.
+"""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, only_run, outcome, quick, same
+from cuda_emulation import CaptureError, Graph, HazardError, emulated_cuda
+
+OFFLINE = {"total_updates": 90, "iteration_updates": 40, "eval_steps": 60, "num_envs": 3, "checkpoint_every": 30}
+SHORT = {"total_timesteps": 400, "checkpoint_every": 160, "epsilon_decay_steps": 100}
+
+
+def module(script: str, old: str = "", new: str = ""):
+    """A copy of a script, with a fault planted."""
+    text, copy = (ROOT / f"{script}.py").read_text(), types.ModuleType(f"{script}_with_a_fault" if old else script)
+    assert not old or text.count(old) == 1, f"{old!r} stands there {text.count(old)} times"
+    sys.modules[copy.__name__] = copy  # dataclasses look it up there
+    copy.__file__ = str(ROOT / f"{script}.py")
+    exec(compile(text.replace(old, new) if old else text, copy.__file__, "exec"), copy.__dict__)
+    copy.LOG_EVERY = 20
+    return copy
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    dqn = module("dqn_softmoe")
+    dqn.main(dqn.Args(**quick(runs_dir=str(folder), save_replay=True, eval_episodes=0)))
+    return only_run(folder)
+
+
+@pytest.fixture
+def graphed_as_eager(tmp_path, monkeypatch, data):
+    """A function that runs a script eagerly and graphed, in two parts, and compares all that they leave."""
+    scalars = []
+
+    def add_scalar(_, name, value, step):
+        if name not in ("charts/sps", "charts/ups"):
+            scalars[-1].append((name, float(value), step))
+
+    monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, "add_scalar", add_scalar)
+
+    def compare(script, **settings):
+        offline = "total_updates" in script.Args.__dataclass_fields__
+        small = quick(**SHORT)
+        if offline:
+            small = {name: small[name] for name in ("env_id", "encoder", "num_experts", "expert_hidden_dim", "cuda")}
+            small |= OFFLINE | {"dataset_dir": str(data)}
+        if getattr(script.Args, "noisy", False) and settings.get("noisy", True):
+            small.pop("epsilon_decay_steps", None)
+        whole = script.Args(**small | {"target_network_frequency": 20, "compile": False} | settings)
+        length = "total_updates" if offline else "total_timesteps"
+        for cuda in (False, True):
+            scalars.append([])
+            args = replace(whole, cuda=cuda, runs_dir=str(tmp_path / str(cuda)))
+            with emulated_cuda() if cuda else torch.enable_grad():
+                script.main(replace(args, **{length: 60 if offline else 320}))
+                script.main(replace(args, resume=str(only_run(args.runs_dir))))
+        assert Graph.replays > 50, "nothing was captured"
+        assert scalars[-2] == scalars[-1]
+        eager, graphed = (outcome(only_run(tmp_path / str(cuda))) for cuda in (False, True))
+        graphed["optimizer"]["param_groups"][0]["capturable"] = False
+        assert [part for part in eager if not same(eager[part], graphed[part])] == []
+
+    return compare
+
+
+CASES = [("dqn_softmoe", {"layer": "top1moe", "load_balancing": "importance+load"})]
+CASES += [("dqn_softmoe", {"replay_ratio": 0.5, "save_replay": True}), ("dqn_softmoe", {"replay_device": "cpu"})]
+CASES += [("dqn_softmoe", {"layer": "dense", "num_experts": 1, "num_envs": 1}), ("dqn_softmoe", {"learned_phi": False})]
+CASES += [("rainbow_softmoe", {}), ("rainbow_softmoe", {"replay_device": "cpu"})]
+CASES += [("rainbow_softmoe", {"prioritized": False, "noisy": False, "replay_device": "cpu"})]
+CASES += [("der_softmoe", {"augment": True, "replay_ratio": 0.5}), ("cql_softmoe", {})]
+CASES += [("cql_softmoe", {"distributional": False}), ("cql_softmoe", {"replay_device": "cpu"})]
+
+
+@pytest.mark.parametrize("script, settings", CASES)
+def test_graphed_runs_equal_eager_ones(script, settings, graphed_as_eager):
+    graphed_as_eager(module(script), **settings)
+
+
+HOST = {"replay_device": "cpu", "replay_ratio": 0.5}
+FAULTS = {
+    "epsilon is a number of Python's": (
+        "return self.act(frame, terminated | truncated, epsilon)",
+        "self.calls = getattr(self, 'calls', 0) + 1\n"
+        "        return self.act(frame, terminated | truncated, 1 / self.calls)",
+    ),
+    "epsilon waits for the device": (
+        "return self.act(frame, terminated | truncated, epsilon)",
+        "return self.act(frame, terminated | truncated, float(epsilon))",
+    ),
+    "the target network gets new memory": (
+        "agent.target_network.load_state_dict(agent.q_network.state_dict())",
+        "agent.target_network.load_state_dict("
+        "{name: x.clone() for name, x in agent.q_network.state_dict().items()}, assign=True)",
+    ),
+    "no warm-up: Adam's state is made in the capture": ("warmup: int = 10", "warmup: int = 0"),
+    "the default stream": ("    torch.cuda.set_stream(torch.cuda.Stream())", "    pass"),
+    "Adam is not capturable": ('"capturable": graphs}', '"capturable": False}'),
+    "the replay's cursor is a number of Python's": (
+        "place = self.cursor % self.rows * self.num_envs + self.envs  # (N,)",
+        "self.row = getattr(self, 'row', -1) + 1\n        place = self.row % self.rows * self.num_envs + self.envs",
+    ),
+    "the update waits for the device": ("loss.backward()", "loss.backward(); loss.item()"),
+    "the stack gets new memory": (
+        "return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))",
+        "obs.set_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1)); return obs",
+    ),
+    "metrics are read after the next update": (
+        "metrics, output = agent.learn()",
+        "kept = [*locals().get('kept', []), agent.learn()]; metrics, output = kept[-2:][0]",
+    ),
+    "draws come from NumPy": (
+        "draw = torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)",
+        "draw = torch.as_tensor(np.random.default_rng(0).random(batch_size))",
+    ),
+    "the capture counts as a call": (
+        "        self.graph.replay()\n",
+        "        else:\n            self.graph.replay()\n",
+    ),
+    "the copy from pinned memory is not waited for": (
+        "            self.copied.synchronize()",
+        "            pass",
+        HOST,
+    ),
+    "the copy from pinned memory has no event": ("            self.copied.record()\n", "", HOST),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulation_finds(fault, graphed_as_eager):
+    old, new, *settings = FAULTS[fault]
+    with pytest.raises((AssertionError, CaptureError, HazardError)) as error:
+        graphed_as_eager(module("dqn_softmoe", old, new), **dict(*settings))
+    assert "stands there" not in str(error.value) and "nothing was captured" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """Case -> function -> what it launched, and what passed between the host and a device that is not there."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, for a device guard that a CPU build of PyTorch lacks")
+    command = [sys.executable, ROOT / "tests" / "fake_cuda.py", tmp_path_factory.mktemp("helper")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {result.pop("case"): result for result in map(json.loads, done.stdout.splitlines())}
+
+
+def test_nothing_mixes_devices_or_waits(fake):
+    device = {name: result for name, result in fake.items() if name.count("softmoe {") and "cpu" not in name}
+    assert len(device) > 15
+    for name, result in device.items():
+        assert all(part["launched"] > 10 and part["passed"] == [] for part in result.values()), f"{name}: {result}"
+
+
+def test_a_replay_on_the_host_passes_rows_and_batches_alone(fake):
+    host = [result for name, result in fake.items() if "cpu" in name]
+    assert len(host) == 2
+    for result in host:
+        assert result["act"]["passed"] == []
+        assert set(result["store"]["passed"]) == {"_to_copy from cuda to cpu"}
+        assert set(result["learn"]["passed"]) <= {"_to_copy from cpu to cuda", "_to_copy from cuda to cpu"}
+        assert result["learn"]["passed"].count("_to_copy from cuda to cpu") <= 1  # the losses, for the priorities
+
+
+@pytest.mark.parametrize("fault", ["a host tensor", "a wait", "a number from the host"])
+def test_fake_tensors_find(fault, fake):
+    assert fake[fault]["learn"]["passed"]
+
+
+COMPILED = [("dqn_softmoe", {"layer": "top1moe", "encoder": "impala"}), ("rainbow_softmoe", {})]
+COMPILED += [("rainbow_softmoe", {"layer": "dense", "num_experts": 1, "prioritized": False})]
+COMPILED += [("der_softmoe", {"augment": True, "encoder": "impala"})]
+
+
+@pytest.mark.parametrize("script, settings", COMPILED)
+def test_each_function_compiles_to_one_graph_and_once(script, settings, monkeypatch):
+    graphs, compile = [], torch.compile
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def compile_eagerly(function, *, dynamic, fullgraph, disable):
+        return compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    torch._dynamo.reset()
+    script = importlib.import_module(script)
+    small = {"encoder": "nature", "expert_hidden_dim": 16, "buffer_size": 200, "cuda": False}
+    agent = script.Agent(script.Args(**small | settings), SimpleNamespace(frame_shape=(20, 20), num_actions=3))
+    flag = torch.zeros(agent.args.num_envs, dtype=torch.bool)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(12):
+            agent.store(flag.float(), flag, flag)
+            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
+        for _ in range(2):
+            agent.learn()
+            agent.target_network.load_state_dict(agent.q_network.state_dict())
+            agent.q_network.eval().q_values(agent.obs)
+            agent.q_network.train()
+        batch = agent.replay.sample(32)
+        agent.loss(agent.target_network, agent.q_network, batch, agent.args)  # others of the same sizes
+    assert len(graphs) == (5 if getattr(agent.args, "prioritized", False) else 4)
