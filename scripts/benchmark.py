@@ -1,99 +1,346 @@
-"""How much of the training loop is learning: agent steps/s against the bare update of the same network.
+"""How fast the agents are, and where their time goes.
 
-    python scripts/benchmark.py dqn_softmoe --layer dense --encoder nature
+    python scripts/benchmark.py --quick                           # a few cases, under two minutes
+    python scripts/benchmark.py                                   # every agent, encoder and layer, and what follows
+    python scripts/benchmark.py --agents dqn --encoders nature --layers dense --no-extras
 
-Takes the name of a script that plays and the script's flags. One process measures, by turns, the bare update (forward,
-target, backward, Adam on a fixed batch) and the whole training loop (environments, acting, replay, logging) at the same
-settings, because timings of one machine drift. Prints one line per turn, then the medians. The loop's ideal is one
-update in the time of the bare one, `1 / replay_ratio` agent steps per update; the overhead is what is missing to that.
-On a GPU both are compiled and captured in CUDA graphs, as the script's flags say.
+A case is the script itself, in a process of its own that pauses after each iteration; the cases go on by turns, because
+timings of one machine drift. After an iteration the parts of a round are timed alone, with the agent as it is then:
+acting, storing, drawing, update (forward, target, backward, Adam), priorities, emulation. Emulation overlaps with
+learning, so the parts may sum up to more than the round. Extras: experts from 1 to 64, encoders 2 and 4 times as wide,
+8 and 16 environments, and on a GPU eager, compiled and graphed code. Prints medians and what the README claims, writes
+benchmark.json and benchmark.png.
 """
 
-import contextlib
-import csv
 import importlib
-import io
+import itertools
+import json
+import multiprocessing.connection
+import os
+import platform
+import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import ale_py
+import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["der_softmoe", "dqn_softmoe", "rainbow_softmoe"]  # cql_softmoe.py only updates; its metrics.csv has how fast
-if sys.argv[1:] in (["--help"], ["-h"]):
-    print(__doc__)
-    raise SystemExit
-if not (len(sys.argv) > 1 and sys.argv[1] in SCRIPTS):
-    print(f"error: the first argument must be one of {', '.join(SCRIPTS)}", file=sys.stderr)
-    raise SystemExit(2)
 sys.path.insert(0, str(ROOT))
-script = importlib.import_module(sys.argv.pop(1))
+MODES = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled+graph": (True, True)}
+
+BEST = "compiled+graph" if torch.cuda.is_available() else "eager"
 
 
 @dataclass
-class BenchmarkArgs(script.Args):
-    # Benchmark
-    turns: int = 5  # times that each measurement is taken
-    steps: int = 1_000  # agent steps of learning timed in a turn, after as many without learning and as many to warm up
+class Options:
+    agents: tuple[Literal["dqn", "rainbow", "der", "cql"], ...] = ("dqn", "rainbow", "der", "cql")
+    encoders: tuple[Literal["impala", "nature"], ...] = ("impala", "nature")
+    layers: tuple[Literal["softmoe", "top1moe", "dense"], ...] = ("softmoe", "top1moe", "dense")
+    modes: tuple[Literal["eager", "compiled", "graph", "compiled+graph"], ...] = ()  # default: the fastest there is
+    extras: bool = True  # also experts from 1 to 64, widths, environments and, on a GPU, modes
+    quick: bool = False  # a turn, Nature, a layer per agent and no extras
+    turns: int = 3  # times that everything is measured
+    updates: int | None = None  # updates of an iteration (default: GPU 2,000, CPU 25)
+    minutes: float = 8.0  # what is not ready by then is left out (--quick: at most 2)
+    env_id: str = "BreakoutNoFrameskip-v4"  # environment
+    output: Path = Path("benchmark")  # folder for benchmark.json and benchmark.png
+    cuda: bool = True  # on the GPU where there is one
+
+    def __post_init__(self):
+        self.cuda = self.cuda and torch.cuda.is_available()
+        self.modes = self.modes or ((BEST,) if self.cuda else ("eager",))
+        self.updates = self.updates or (2_000 if self.cuda else 25)
+        if self.quick:
+            self.turns, self.minutes, self.extras = 1, min(self.minutes, 2.0), False
 
 
-def bare_update_seconds(args: BenchmarkArgs, repeats: int) -> float:
-    """Median seconds of forward, target, backward and Adam on a batch that stays where it is."""
-    envs = script.Environments(args, 1)
-    agent = script.Agent(replace(args, buffer_size=50_000, replay_device="cpu"), envs)
-    B, shape = args.batch_size, (args.batch_size, script.STACK_SIZE, *envs.frame_shape)
-    frames = [torch.randint(0, 256, shape, dtype=torch.uint8, device=agent.device) for _ in range(2)]
-    action = torch.randint(envs.num_actions, (B,), device=agent.device)
-    reward, discount = torch.rand(B, device=agent.device), torch.full((B,), args.gamma, device=agent.device)
-    batch = script.Batch(frames[0], action, reward, discount, frames[1], action)
-    seconds = []
-    for _ in range(repeats + 20):  # the first ones warm up, and capture the graph
-        start = time.perf_counter()
-        agent.update(*batch)
-        if agent.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[20:])
+@dataclass
+class Case:
+    agent: str
+    encoder: str
+    layer: str
+    mode: str
+    num_experts: int | None = None
+    encoder_width: int | None = None
+    num_envs: int | None = None
+    rates: list[float] = field(default_factory=list)  # agent steps (CQL: updates) per second of the loop
+    parts: dict[str, list[float]] = field(default_factory=dict)  # seconds of a call
+    calls: dict[str, float] = field(default_factory=dict)  # calls per agent step (CQL: per update)
+    parameters: int = 0
+    gigabytes: float = 0.0  # peak of the GPU's memory, else of the process's
+    failure: str = ""
+
+    def given(self) -> dict[str, int]:
+        return {name: n for name in ("num_experts", "encoder_width", "num_envs") if (n := getattr(self, name))}
+
+    def __str__(self) -> str:
+        given = "".join(f", {n} {name.split('_')[1]}" for name, n in self.given().items())
+        return f"{self.agent} {self.encoder} {self.layer}{given}{f', {self.mode}' * (self.mode != BEST)}"
 
 
-def loop_steps_per_second(args: BenchmarkArgs) -> float:
-    """Agent steps per second of the training loop, over the last `args.steps` steps."""
-    with tempfile.TemporaryDirectory() as runs_dir:
-        short = {"total_timesteps": 3 * args.steps, "learning_starts": args.steps, "buffer_size": 50_000}
-        short |= {"iteration_steps": args.steps, "checkpoint_every": 0, "eval_episodes": 0, "runs_dir": runs_dir}
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            script.main(replace(args, **short))
-        (metrics,) = Path(runs_dir).glob("*/metrics.csv")
-        with open(metrics, newline="") as file:
-            return float(list(csv.DictReader(file))[-1]["sps"])
+def cases(options: Options) -> list[Case]:
+    """The most telling first."""
+    if options.quick:
+        networks = [("dqn", "nature", "dense"), *((agent, "nature", "softmoe") for agent in options.agents)]
+        return [Case(*network, mode) for network in networks for mode in options.modes]
+    networks = itertools.product(options.layers, options.encoders, options.agents, options.modes)
+    found = [Case(agent, encoder, layer, mode) for layer, encoder, agent, mode in networks]
+    if options.extras:
+        best, softmoe, dense = options.modes[-1], ("dqn", "impala", "softmoe"), ("dqn", "nature", "dense")
+        found += [Case(*softmoe, best, num_experts=2**k) for k in range(7)]
+        found += [Case(*softmoe, best, encoder_width=width) for width in (2, 4)]
+        found += [Case(*dense, best, num_envs=num_envs) for num_envs in (8, 16)]
+        others = [mode for mode in MODES if options.cuda and mode not in options.modes]
+        found += [Case(*network, mode) for network in (dense, ("rainbow", "impala", "softmoe")) for mode in others]
+    return found
 
 
-def run(args: BenchmarkArgs) -> None:
-    ratios, rates, bares = [], [], []
-    for turn in range(args.turns):
-        before = bare_update_seconds(args, 30)
-        rate = loop_steps_per_second(args)
-        bare = (before + bare_update_seconds(args, 30)) / 2
-        ratio = rate * args.replay_ratio * bare
-        print(f"turn {turn + 1}: bare update {1e3 * bare:.1f} ms, loop {rate:.1f} agent steps/s, ratio {ratio:.3f}")
-        ratios, rates, bares = [*ratios, ratio], [*rates, rate], [*bares, bare]
-    on_gpu, threads = args.cuda and torch.cuda.is_available(), f"CPU, {torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if on_gpu else threads
-    network = f"{args.layer}, {args.encoder}, {args.num_experts} experts"
-    print(f"{script.__name__}, {args.env_id}, {network}, seed {args.seed}, on {where}")
-    ratio = statistics.median(ratios)
-    print(
-        f"median of {args.turns}: bare update {1e3 * statistics.median(bares):.1f} ms, "
-        f"loop {statistics.median(rates):.1f} agent steps/s, ratio {ratio:.3f} (overhead {1 - ratio:.1%})"
+def seconds_per_call(function, seconds: float) -> float:
+    """Mean of as many calls as fit into `seconds`; a GPU is waited for at the end."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    function(), wait()
+    calls, start = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - start < seconds:
+        function()
+        calls += 1
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def parts_of(script, agent, envs) -> tuple[dict, dict]:
+    """Functions that do a part of a round each, as the script does it; how often an agent step (update) needs them."""
+    args, graphs = agent.args, agent.args.cuda_graphs and agent.device.type == "cuda"
+    graph = script.CudaGraph if graphs else lambda function: function
+    replay = getattr(agent, "replay", None) or agent.data
+    B, batch = args.batch_size, replay.sample(args.batch_size)
+    batch = script.Batch(*(x.to(agent.device) if isinstance(x, torch.Tensor) else x for x in batch))
+    losses = torch.ones(B, device=agent.device)
+    parts = {"update": graph(lambda: agent.update(*batch)), "draw": graph(lambda: replay.sample(B))}
+    if not hasattr(agent, "act"):
+        return parts, dict.fromkeys(parts, 1.0)
+    calls = dict.fromkeys(parts, args.replay_ratio)
+    if getattr(args, "prioritized", False):
+        parts["priorities"] = graph(lambda: replay.update_priorities(batch.index, losses))
+        calls["priorities"] = args.replay_ratio
+    N = args.num_envs
+    frame, action = np.zeros((N, *envs.frame_shape), np.uint8), np.zeros(N, np.int64)
+    number, flag = np.zeros(N), np.zeros(N, bool)
+    policy, add = graph(agent.act), graph(replay.add)
+
+    def emulate():
+        envs.send(action)
+        envs.recv()
+
+    envs.reset(0)
+    parts["act"] = lambda: policy(frame, flag, np.float64(0)).cpu()
+    parts |= {"store": lambda: add(frame, action, number, flag, flag), "emulation": emulate}
+    return parts, calls | dict.fromkeys(("act", "store", "emulation"), 1 / N)
+
+
+def work(case: Case, options: Options, folder: Path, data: Path, connection) -> None:
+    """Run the case's script; after each iteration, once it learns, measure, report, and wait for the next turn."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    script, made, warm_until = importlib.import_module(f"{case.agent}_softmoe"), {}, options.updates
+    offline, (compile, cuda_graphs) = case.agent == "cql", MODES[case.mode]
+    settings = {"env_id": options.env_id, "encoder": case.encoder, "layer": case.layer, "compile": compile}
+    settings |= {"cuda": options.cuda, "cuda_graphs": cuda_graphs, "checkpoint_every": 0, "runs_dir": str(folder)}
+    if offline:
+        settings |= {"iteration_updates": options.updates, "total_updates": 10**9, "dataset_dir": str(data)}
+    else:
+        steps = int(options.updates / script.Args.replay_ratio)
+        settings |= {"iteration_steps": steps, "total_timesteps": 10**9, "learning_starts": 100, "buffer_size": 100_000}
+        warm_until = 100 + steps
+
+    class Agent(script.Agent):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made["agent"], made["envs"] = self, script.Environments(self.args, self.args.num_envs)
+
+    class RunLog(script.RunLog):
+        def iteration(self, now, *given):
+            case.rates.append(given[0] if offline else self.sps(now))
+            super().iteration(now, *given)
+            if now >= warm_until:
+                if "parts" in made:
+                    for name, function in made["parts"].items():
+                        case.parts.setdefault(name, []).append(seconds_per_call(function, 0.2))
+                else:
+                    made["parts"], case.calls = parts_of(script, made["agent"], made["envs"])
+                    for function in [*made["parts"].values()] * 12:  # warm up, capture
+                        function()
+                    case.rates, case.parts = [], {}
+                case.parameters = sum(p.numel() for p in made["agent"].q_network.parameters())
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                case.gigabytes = (torch.cuda.max_memory_allocated() if options.cuda else peak) / 1e9
+                connection.send(case)
+                if connection.recv() == "end":
+                    raise SystemExit
+            self.started = now, time.monotonic()
+
+    script.Agent, script.RunLog, script.evaluate = Agent, RunLog, lambda *_: [0.0]
+    script.main(script.Args(**settings | case.given()))
+
+
+def run(options: Options, todo: list[Case], folder: Path) -> None:
+    """Warm all cases up, as many at a time as there are cores, then measure them by turns."""
+    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + 60 * options.minutes
+    data, cores = (
+        make_data(options, folder) if any(case.agent == "cql" for case in todo) else folder,
+        os.cpu_count() or 1,
     )
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    waiting, warming, ready = list(enumerate(todo)), {}, {}
+    bar = tqdm(total=len(todo) * (1 + options.turns), desc="warming up", dynamic_ncols=True)
+    processes = []
+
+    def receive(number: int, connection) -> bool:
+        try:
+            todo[number] = connection.recv()
+        except EOFError:
+            todo[number].failure = ((folder / str(number) / "stderr").read_text().strip() or "?").splitlines()[-1]
+        bar.update()
+        return not todo[number].failure
+
+    try:
+        while (waiting or warming) and time.monotonic() < deadline - 20 * options.turns:
+            while waiting and len(warming) < cores:
+                number, case = waiting.pop(0)
+                ours, theirs = context.Pipe()
+                (folder / str(number)).mkdir()
+                process = context.Process(target=work, args=(case, options, folder / str(number), data, theirs))
+                process.start()
+                theirs.close()
+                processes.append(process)
+                warming[ours] = number
+            for connection in multiprocessing.connection.wait([*warming], timeout=1):
+                number = warming.pop(connection)
+                if receive(number, connection):
+                    ready[number] = connection
+        for number in {number for number, _ in waiting} | {*warming.values()}:
+            todo[number].failure = f"not ready within {options.minutes:g} minutes"
+        bar.set_description("measuring")
+        for _ in range(options.turns):
+            for number, connection in list(ready.items()):
+                connection.send("go on")
+                if not receive(number, connection):
+                    del ready[number]
+    finally:
+        bar.close()
+        for connection in ready.values():
+            connection.send("end")
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+
+
+def make_data(options: Options, folder: Path) -> Path:
+    """A log of random play, for the offline agent."""
+    flags = "--total-timesteps 4000 --encoder nature --layer dense --buffer-size 10000 --no-cuda --eval-episodes 0"
+    command = [sys.executable, ROOT / "dqn_softmoe.py", *flags.split(), "--save-replay", "--env-id", options.env_id]
+    subprocess.run([*command, "--runs-dir", folder, "--run-name", "data"], check=True, capture_output=True)
+    return folder / "data"
+
+
+def machine(options: Options) -> dict:
+    cpu = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    cpu = cpu[1] if cpu else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if options.cuda else "none"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "ale_py": ale_py.__version__}
+    return {"gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()} | versions
+
+
+CLAIMS = {  # of the README
+    ("dqn", "nature", "dense"): "{rate:,.0f} agent steps/s",
+    ("rainbow", "impala", "softmoe"): "{rate:,.0f} agent steps/s",
+    ("der", "nature", "softmoe"): "100,000 agent steps in {seconds:,.0f} s",
+    ("cql", "impala", "softmoe"): "{rate:,.0f} updates/s",
+}
+PARTS = ("update", "draw", "priorities", "act", "store", "emulation")
+
+
+def medians(case: Case) -> dict[str, float]:
+    """Steps (updates) per second of the loop, and seconds that each part takes of a step's."""
+    parts = {name: statistics.median(times) * case.calls[name] for name, times in case.parts.items()}
+    return {"rate": statistics.median(case.rates), **parts}
+
+
+def table(done: list[Case]) -> str:
+    """80 columns."""
+    labels = ("update", " draw", " prio", " act", " store", " emul")
+    lines = [f"{'':33}{'loop':>7}{'update':>8}  share of the loop's time, %"]
+    lines.append(f"{BEST + ' code':33}{'1/s':>7}{'1/s':>8} {''.join(labels)}")
+    for case in done:
+        found = medians(case)
+        shares = {name: f"{100 * found[name] * found['rate']:.0f}" if name in found else "-" for name in PARTS}
+        cells = "".join(f"{share:>{len(label)}}" for share, label in zip(shares.values(), labels, strict=True))
+        lines.append(f"{case!s:33}{found['rate']:7,.0f}{1 / statistics.median(case.parts['update']):8,.0f} {cells}")
+    return "\n".join(lines)
+
+
+def picture(done: list[Case], title: str, path: Path) -> None:
+    """Milliseconds of a step by part, stacked, and of the whole loop."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no picture: it needs matplotlib (pip install -r scripts/requirements.txt)", file=sys.stderr)
+        return
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(done)), layout="constrained")
+    left, names = np.zeros(len(done)), [str(case) for case in done]
+    found = [medians(case) for case in done]
+    for part, grey, hatch in zip(
+        PARTS, np.linspace(0.25, 0.95, len(PARTS)), ("", "//", "xx", "", "..", "\\\\"), strict=True
+    ):
+        width = np.array([1e3 * values.get(part, 0) for values in found])
+        axes.barh(names, width, left=left, color=str(grey), edgecolor="black", linewidth=0.5, hatch=hatch, label=part)
+        left += width
+    for color, width in (("white", 5), ("black", 2.5)):
+        axes.plot([1e3 / values["rate"] for values in found], names, "|", color=color, ms=15, mew=width)
+    axes.plot([], [], "|", color="black", ms=15, mew=2.5, label="the loop")
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds per agent step (cql: per update)")
+    axes.set_title(title, fontsize=9)
+    figure.legend(fontsize=8, loc="outside right center")
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> int:
+    todo = cases(options)
+    with tempfile.TemporaryDirectory() as folder:
+        run(options, todo, Path(folder))
+    done, where = [case for case in todo if case.rates and case.parts], machine(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "options": asdict(options), "cases": [asdict(case) for case in todo]}
+    (options.output / "benchmark.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    hardware = where["gpu"] if options.cuda else f"{where['cpu']}, {where['threads']} threads each"
+    print(
+        f"{hardware}; torch {where['torch']}, ale-py {where['ale_py']}; median of {options.turns} turns\n{table(done)}"
+    )
+    picture(done, hardware, options.output / "benchmark.png")
+    for case in todo:
+        if case.failure:
+            print(f"not measured: {case}: {case.failure}")
+    for case in done:
+        if (claim := CLAIMS.get((case.agent, case.encoder, case.layer))) and not case.given():
+            rate = medians(case)["rate"]
+            print(f"{case}: {claim.format(rate=rate, seconds=1e5 / rate)}")
+    return int(any(case.failure for case in todo))
 
 
 if __name__ == "__main__":
-    run(tyro.cli(BenchmarkArgs, description=__doc__.split("\n\n")[0]))
+    raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))
