@@ -324,18 +324,18 @@ class ReplayBuffer(nn.Module):
         """The transitions that start at places (B,)."""
         window = self.later(index[:, None], self.steps)  # (B, n)
         terminated, truncated = self.terminated[window].long(), self.truncated[window].long()
-        taken = terminated.cumsum(dim=1) - terminated + truncated.cumsum(dim=1) == 0  # no end before, no cut yet
+        taken = (terminated + truncated).cumsum(dim=1) - terminated == 0  # no end before, no cut yet
         reward = torch.where(taken, self.reward[window] * self.gammas[:-1], 0).sum(dim=1)
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~(taken & terminated.bool()).any(dim=1)
-        next_obs = self.observation(self.later(index, num_steps))
-        return Batch(self.observation(index), self.action[index], reward, discount, next_obs, index)
+        obs, next_obs = self.observation(torch.stack([index, self.later(index, num_steps)]))
+        return Batch(obs, self.action[index], reward, discount, next_obs, index)
 
     def observation(self, index: Tensor) -> Tensor:
-        """Stacked frames (B, stack, H, W) that end at places (B,)."""
-        stack = self.later(index[:, None], -self.stack)  # (B, stack)
+        """Stacked frames (..., stack, H, W) that end at places (...)."""
+        stack = self.later(index[..., None], -self.stack)  # (..., stack)
         ended = (self.terminated[stack] | self.truncated[stack]).long()
-        forgotten = ended.flip(1).cumsum(dim=1).flip(1) - ended[:, -1:] > 0  # an end lies between it and the newest
+        forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # an end lies in between
         stack = torch.where(forgotten, self.size, stack)  # the black frame
         return self.frames.index_select(0, stack.view(-1)).view(*stack.shape, *self.frames.shape[1:])
 
