@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MODES = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled+graph": (True, True)}
 
+GROUP = 16  # cases in memory at a time
 BEST = "compiled+graph" if torch.cuda.is_available() else "eager"
 
 
@@ -51,7 +52,7 @@ class Options:
     extras: bool = True  # also experts from 1 to 64, widths, environments and, on a GPU, modes
     quick: bool = False  # a turn, Nature, a layer per agent and no extras
     turns: int = 3  # times that everything is measured
-    updates: int | None = None  # updates of an iteration (default: GPU 2,000, CPU 25)
+    updates: int | None = None  # updates of an iteration (default: GPU 500, CPU 25)
     minutes: float = 8.0  # what is not ready by then is left out (--quick: at most 2)
     env_id: str = "BreakoutNoFrameskip-v4"  # environment
     output: Path = Path("benchmark")  # folder for benchmark.json and benchmark.png
@@ -60,7 +61,7 @@ class Options:
     def __post_init__(self):
         self.cuda = self.cuda and torch.cuda.is_available()
         self.modes = self.modes or ((BEST,) if self.cuda else ("eager",))
-        self.updates = self.updates or (2_000 if self.cuda else 25)
+        self.updates = self.updates or (500 if self.cuda else 25)
         if self.quick:
             self.turns, self.minutes, self.extras = 1, min(self.minutes, 2.0), False
 
@@ -150,12 +151,13 @@ def parts_of(script, agent, envs) -> tuple[dict, dict]:
 
 def work(case: Case, options: Options, folder: Path, data: Path, connection) -> None:
     """Run the case's script; after each iteration, once it learns, measure, report, and wait for the next turn."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    for number, path in ((1, os.devnull), (2, folder / str(os.getpid()))):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     script, made, warm_until = importlib.import_module(f"{case.agent}_softmoe"), {}, options.updates
     offline, (compile, cuda_graphs) = case.agent == "cql", MODES[case.mode]
     settings = {"env_id": options.env_id, "encoder": case.encoder, "layer": case.layer, "compile": compile}
-    settings |= {"cuda": options.cuda, "cuda_graphs": cuda_graphs, "checkpoint_every": 0, "runs_dir": str(folder)}
+    settings |= {"cuda": options.cuda, "cuda_graphs": cuda_graphs, "checkpoint_every": 0}
+    settings |= {"runs_dir": str(folder / f"runs{os.getpid()}")}
     if offline:
         settings |= {"iteration_updates": options.updates, "total_updates": 10**9, "dataset_dir": str(data)}
     else:
@@ -185,63 +187,58 @@ def work(case: Case, options: Options, folder: Path, data: Path, connection) -> 
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 case.gigabytes = (torch.cuda.max_memory_allocated() if options.cuda else peak) / 1e9
                 connection.send(case)
-                if connection.recv() == "end":
-                    raise SystemExit
+                connection.recv()
             self.started = now, time.monotonic()
 
     script.Agent, script.RunLog, script.evaluate = Agent, RunLog, lambda *_: [0.0]
     script.main(script.Args(**settings | case.given()))
 
 
-def run(options: Options, todo: list[Case], folder: Path) -> None:
-    """Warm all cases up, as many at a time as there are cores, then measure them by turns."""
-    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + 60 * options.minutes
-    data, cores = (
-        make_data(options, folder) if any(case.agent == "cql" for case in todo) else folder,
-        os.cpu_count() or 1,
-    )
-    waiting, warming, ready = list(enumerate(todo)), {}, {}
-    bar = tqdm(total=len(todo) * (1 + options.turns), desc="warming up", dynamic_ncols=True)
-    processes = []
+def measure(group: list[Case], options: Options, folder: Path, data: Path, deadline: float, bar: tqdm) -> list[Case]:
+    """Warm the cases up side by side, then measure them by turns, until the deadline; the cases as they are then."""
+    found, context, running = list(group), multiprocessing.get_context("spawn"), []
 
-    def receive(number: int, connection) -> bool:
+    def receive(number: int, connection, process) -> bool:
         try:
-            todo[number] = connection.recv()
-        except EOFError:
-            todo[number].failure = ((folder / str(number) / "stderr").read_text().strip() or "?").splitlines()[-1]
+            if connection.poll(max(deadline - time.monotonic(), 1)):
+                found[number] = connection.recv()
+            else:
+                found[number].failure = f"there was no time for it in {options.minutes:g} minutes"
+        except EOFError:  # it failed
+            process.join()
+            found[number].failure = ((folder / str(process.pid)).read_text().strip() or "?").splitlines()[-1]
         bar.update()
-        return not todo[number].failure
+        return not found[number].failure
 
     try:
-        while (waiting or warming) and time.monotonic() < deadline - 20 * options.turns:
-            while waiting and len(warming) < cores:
-                number, case = waiting.pop(0)
-                ours, theirs = context.Pipe()
-                (folder / str(number)).mkdir()
-                process = context.Process(target=work, args=(case, options, folder / str(number), data, theirs))
-                process.start()
-                theirs.close()
-                processes.append(process)
-                warming[ours] = number
-            for connection in multiprocessing.connection.wait([*warming], timeout=1):
-                number = warming.pop(connection)
-                if receive(number, connection):
-                    ready[number] = connection
-        for number in {number for number, _ in waiting} | {*warming.values()}:
-            todo[number].failure = f"not ready within {options.minutes:g} minutes"
-        bar.set_description("measuring")
-        for _ in range(options.turns):
-            for number, connection in list(ready.items()):
-                connection.send("go on")
-                if not receive(number, connection):
-                    del ready[number]
+        for number, case in enumerate(group):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(case, options, folder, data, theirs))
+            process.start()
+            theirs.close()
+            running.append((number, ours, process))
+        running = [part for part in running if receive(*part)]
+        for turn in range(options.turns):
+            if turn == 0 or time.monotonic() < deadline:
+                for number, connection, process in list(running):
+                    connection.send("go on")
+                    if not receive(number, connection, process):
+                        running.remove((number, connection, process))
     finally:
-        bar.close()
-        for connection in ready.values():
-            connection.send("end")
-        for process in processes:
-            process.join(timeout=5)
+        for _, connection, process in running:
+            connection.close()
             process.kill()
+    return found
+
+
+def run(options: Options, folder: Path) -> list[Case]:
+    """All cases, some at a time, for their memory."""
+    todo, done, deadline = cases(options), [], time.monotonic() + 60 * options.minutes
+    data = make_data(options, folder) if "cql" in options.agents else folder
+    with tqdm(total=len(todo) * (1 + options.turns), desc="warm-ups and turns", dynamic_ncols=True) as bar:
+        for start in range(0, len(todo), GROUP):
+            done += measure(todo[start : start + GROUP], options, folder, data, deadline, bar)
+    return done
 
 
 def make_data(options: Options, folder: Path) -> Path:
@@ -320,9 +317,8 @@ def picture(done: list[Case], title: str, path: Path) -> None:
 
 
 def main(options: Options) -> int:
-    todo = cases(options)
     with tempfile.TemporaryDirectory() as folder:
-        run(options, todo, Path(folder))
+        todo = run(options, Path(folder))
     done, where = [case for case in todo if case.rates and case.parts], machine(options)
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"machine": where, "options": asdict(options), "cases": [asdict(case) for case in todo]}
