@@ -13,6 +13,7 @@ the layers agree to 1e-5. Shapes are static and nothing waits for the device, so
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,9 @@ def tokenize(features: Tensor, tokenization: str) -> Tensor:
     """Turn a feature map into tokens, (B, C, h, w) -> (B, T, D) (paper, figure 3).
 
     "PerConv": h*w tokens of dim C, row-major over (h, w). "PerFeat": C tokens of dim h*w. "PerSamp": one token of dim
-    C*h*w, flattened in (h, w, C) order as the authors' channels-last code does. Raises ValueError for any other name:
-    "PerPatch" has parameters, see `PatchTokenizer`.
+    C*h*w, flattened in (h, w, C) order as the authors' channels-last code does. "Average": one token of dim C, the mean
+    over (h, w) (Mind the GAP, 2505.17749). Raises ValueError for any other name: "PerPatch" has parameters, see
+    `PatchTokenizer`, and "Shuffled" a state, see `ShuffledTokenizer`.
     """
     if tokenization == "PerConv":
         return features.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h*w, C)
@@ -73,9 +75,24 @@ def tokenize(features: Tensor, tokenization: str) -> Tensor:
         return features.flatten(2)  # (B, C, h*w)
     if tokenization == "PerSamp":
         return features.permute(0, 2, 3, 1).flatten(1)[:, None]  # (B, 1, h*w*C)
-    raise ValueError(
-        f"tokenization {tokenization!r} is not 'PerConv', 'PerFeat' or 'PerSamp' (patches: PatchTokenizer)"
-    )
+    if tokenization == "Average":
+        return features.mean(dim=(2, 3))[:, None]  # (B, 1, C)
+    raise ValueError(f"tokenization {tokenization!r} is not 'PerConv', 'PerFeat', 'PerSamp' or 'Average'")
+
+
+class ShuffledTokenizer(nn.Module):
+    """ "Shuffled" tokens: "PerConv" after all C*h*w features changed places, always in the same way (2410.01930).
+
+    (B, C, h, w) -> (B, h*w, C). The permutation is drawn at construction and is a buffer.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__()
+        self.permutation = nn.Buffer(torch.randperm(math.prod(shape)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        shuffled = features.flatten(1).index_select(1, self.permutation)  # (B, C*h*w)
+        return tokenize(shuffled.view(features.shape), "PerConv")
 
 
 class PatchTokenizer(nn.Module):
@@ -118,18 +135,18 @@ class Experts(nn.Module):
     (authors' networks.py, ExpertModel: first layer noisy, second never).
     """
 
-    def __init__(self, num_experts: int, token_dim: int, hidden_dim: int, *, noisy: bool = False):
+    def __init__(self, num_experts: int, in_dim: int, hidden_dim: int, *, out_dim: int = 0, noisy: bool = False):
         super().__init__()
-        self.noisy = noisy
-        self.w1 = nn.Parameter(torch.empty(num_experts, token_dim, hidden_dim))
+        self.noisy, out_dim = noisy, out_dim or in_dim
+        self.w1 = nn.Parameter(torch.empty(num_experts, in_dim, hidden_dim))
         self.b1 = nn.Parameter(torch.zeros(num_experts, hidden_dim))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, token_dim))
-        self.b2 = nn.Parameter(torch.zeros(num_experts, token_dim))
-        xavier = math.sqrt(6 / (token_dim + hidden_dim))  # per expert: fan-in and fan-out of one matrix
-        nn.init.uniform_(self.w1, -xavier, xavier)
-        nn.init.uniform_(self.w2, -xavier, xavier)
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, out_dim))
+        self.b2 = nn.Parameter(torch.zeros(num_experts, out_dim))
+        for weight in (self.w1, self.w2):
+            xavier = math.sqrt(6 / sum(weight.shape[1:]))  # per expert: fan-in and fan-out of one matrix
+            nn.init.uniform_(weight, -xavier, xavier)
         if noisy:
-            bound = token_dim**-0.5
+            bound = in_dim**-0.5
             nn.init.uniform_(self.w1, -bound, bound)
             nn.init.uniform_(self.b1, -bound, bound)
             self.w1_sigma = nn.Parameter(torch.full_like(self.w1, SIGMA_0 * bound))
@@ -147,7 +164,35 @@ class Experts(nn.Module):
             hidden = torch.addcmul(hidden.view(E, B, S, -1), noise.view(E, B, S, -1), q).view_as(hidden)
         hidden = F.relu(hidden)
         outputs = torch.baddbmm(self.b2[:, None], hidden, self.w2)  # (E, B*S, D)
-        return outputs.view(E, B, S, D).transpose(0, 1), hidden.view(E, B, S, -1).transpose(0, 1)
+        return outputs.view(E, B, S, -1).transpose(0, 1), hidden.view(E, B, S, -1).transpose(0, 1)
+
+
+class BigExperts(nn.Module):
+    """Experts that each begin with an encoder of their own: an expert's S slots are the pixels of its square image.
+
+    `forward(slots (B, E, S, D)) -> (outputs (B, E, S, D), hidden (B, E, 1, H))`: encoder, flattened, H, ReLU, S * D.
+    `make_encoder()` gives a network from (B, D, sqrt(S), sqrt(S)) to a feature map. Source: authors' BigExpertModel.
+    """
+
+    def __init__(self, make_encoder, num_experts: int, num_slots: int, token_dim: int, hidden_dim: int, *, noisy: bool):
+        super().__init__()
+        encoders, side = [make_encoder() for _ in range(num_experts)], math.isqrt(num_slots)
+        parameters, _ = torch.func.stack_module_state(encoders)  # (E, ...) each
+        self.encoders = nn.ParameterDict({name.replace(".", "-"): x.detach() for name, x in parameters.items()})
+        self.encoder, self.image = [encoders[0]], (side, side, token_dim)  # in a list: no part of this module
+        size = encoders[0](torch.zeros(1, token_dim, side, side)).numel()
+        self.experts = Experts(num_experts, size, hidden_dim, out_dim=num_slots * token_dim, noisy=noisy)
+
+    def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        def encode(parameters, images):
+            return torch.func.functional_call(self.encoder[0], parameters, images)
+
+        images = slots.unflatten(2, self.image[:2]).permute(1, 0, 4, 2, 3)  # (E, B, D, side, side)
+        parameters = {name.replace("-", "."): x for name, x in self.encoders.items()}
+        features = torch.vmap(encode)(parameters, images)  # (E, B, C, h, w)
+        features = features.permute(1, 0, 3, 4, 2).flatten(2)[:, :, None]  # (B, E, 1, h*w*C)
+        outputs, hidden = self.experts(features)
+        return outputs.view(slots.shape), hidden
 
 
 def apply_experts(tokens: Tensor, routing: Routing, experts: Experts) -> MoEOutput:
@@ -181,7 +226,8 @@ class SoftMoE(nn.Module):
     `forward(tokens (B, T, D)) -> MoEOutput`, with S = ceil(T * capacity_factor / E) slots per expert.
     `normalize` takes the logits from L2-normalised tokens and phi, times a learned scale (2308.00951, section 2.3);
     the slots always mix the raw tokens. `learned_phi=False` redraws phi ~ N(0, 1) for every sample in every forward,
-    in evaluation too (paper, figure 8; as the authors' code). `noisy`: see `Experts`.
+    in evaluation too (paper, figure 8; as the authors' code). `noisy`: see `Experts`. `make_encoder`: the experts are
+    `BigExperts`, S is rounded down to a square (paper, figures 13-15).
     Raises ValueError for sizes below 1, `capacity_factor` <= 0, or tokens of another shape.
     Parameters: phi (D, E, S) unless redrawn, scale (1,), which only `normalize` uses, experts.{w1, b1, w2, b2}.
     Source: authors' softmoe.py.
@@ -198,17 +244,23 @@ class SoftMoE(nn.Module):
         noisy: bool = False,
         normalize: bool = False,
         learned_phi: bool = True,
+        make_encoder: Callable[[], nn.Module] | None = None,
     ):
         super().__init__()
         check_positive(token_dim=token_dim, hidden_dim=hidden_dim)
         self.num_tokens, self.token_dim, self.num_experts = num_tokens, token_dim, num_experts
         self.num_slots = slots_per_expert(num_tokens, num_experts, capacity_factor)
+        if make_encoder:
+            self.num_slots = math.isqrt(self.num_slots) ** 2
         self.normalize, self.learned_phi = normalize, learned_phi
         if learned_phi:
             self.phi = nn.Parameter(torch.empty(token_dim, num_experts, self.num_slots))
             lecun_normal_(self.phi, num_experts * token_dim)  # Flax's fan-in of a (D, E, S) kernel is D*E
         self.scale = nn.Parameter(torch.ones(1))
-        self.experts = Experts(num_experts, token_dim, hidden_dim, noisy=noisy)
+        if make_encoder:
+            self.experts = BigExperts(make_encoder, num_experts, self.num_slots, token_dim, hidden_dim, noisy=noisy)
+        else:
+            self.experts = Experts(num_experts, token_dim, hidden_dim, noisy=noisy)
 
     def forward(self, tokens: Tensor) -> MoEOutput:
         check_tokens(tokens, self.num_tokens, self.token_dim)
@@ -283,6 +335,26 @@ class Top1MoE(nn.Module):
         return Routing(dispatch_weights, dispatch_weights * gate[:, :, None, None], logits, probs)
 
 
+class ExpertChoiceMoE(Top1MoE):
+    """Sparse mixture of experts in which each expert takes the S tokens that it is most probable for (2202.09368).
+
+    All as in `Top1MoE`, but that a token may go to several experts, or to none, and that S is at most T.
+    """
+
+    def __init__(self, *sizes: int, **options):
+        super().__init__(*sizes, **options)
+        self.num_slots = min(self.num_slots, self.num_tokens)
+
+    def route(self, tokens: Tensor) -> Routing:
+        logits = self.router(tokens)  # (B, T, E)
+        probs = logits.softmax(dim=2)
+        ranking = probs.argsort(dim=1, descending=True, stable=True)  # (B, T, E)
+        chosen = ranking[:, : self.num_slots].transpose(1, 2)  # (B, E, S)
+        places = torch.arange(self.num_tokens, device=tokens.device)
+        dispatch_weights = (chosen[:, None] == places[:, None, None]).to(tokens.dtype)  # (B, T, E, S)
+        return Routing(dispatch_weights, dispatch_weights * probs[:, :, :, None], logits, probs)
+
+
 def check_tokens(tokens: Tensor, num_tokens: int, token_dim: int) -> None:
     if tokens.shape[1:] != (num_tokens, token_dim):
         raise ValueError(f"expected tokens of shape (B, {num_tokens}, {token_dim}), got {tuple(tokens.shape)}")
@@ -294,7 +366,7 @@ def check_tokens(tokens: Tensor, num_tokens: int, token_dim: int) -> None:
 class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise, a fresh draw per sample (Fortunato et al., 2018; NoisyNets).
 
-    `forward(x (B, in)) -> (B, out)`: x W + b + ((x * p) W_sigma + b_sigma) * q with p, q = f(N(0, 1)),
+    `forward(x (B, in) or (B, T, in)) -> (..., out)`: x W + b + ((x * p) W_sigma + b_sigma) * q with p, q = f(N(0, 1)),
     two matrix products instead of B noisy matrices. Silent in eval(). Raises ValueError for sizes below 1.
     Means start at U(-1/sqrt(in), 1/sqrt(in)), sigmas at sigma_0/sqrt(in) (authors: sigma_0 = 0.1).
     """
@@ -312,8 +384,8 @@ class NoisyLinear(nn.Module):
         mean = F.linear(x, self.weight, self.bias)  # (B, out)
         if not self.training:
             return mean
-        p = signed_sqrt(torch.randn_like(x))  # (B, in)
-        q = signed_sqrt(torch.randn_like(mean))  # (B, out)
+        draws = len(x), *[1] * (x.dim() - 2)  # the tokens of a sample share theirs
+        p, q = (signed_sqrt(torch.randn(*draws, y.shape[-1], device=x.device, dtype=x.dtype)) for y in (x, mean))
         return mean + F.linear(x * p, self.weight_sigma, self.bias_sigma) * q
 
 
@@ -341,6 +413,13 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear(x.flatten(1)))
+
+
+class TokenizedLayer(DenseLayer):
+    """The same layer on every token, summed: (B, T, D) -> (B, hidden_dim) (Don't flatten, tokenize!, 2410.01930)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.relu(self.linear(tokens)).sum(dim=1)
 
 
 # --------------------------------------------------------------------------------------- load balancing, statistics

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -67,8 +68,8 @@ class Args:
     iteration_steps: int = 250_000  # agent steps per row of metrics.csv (paper: 250,000; DER: 10,000)
     eval_episodes: int = 10  # evaluation episodes at the end of training (DER: 100)
     cuda: bool = True  # run on the GPU where there is one
-    compile: bool = True  # torch.compile the loss and its gradient (GPU only)
-    cuda_graphs: bool = True  # capture acting, storing and learning in CUDA graphs (GPU only)
+    compile: bool = True  # torch.compile acting, storing, drawing and the loss (GPU only)
+    cuda_graphs: bool = True  # capture acting, storing, learning, evaluation in CUDA graphs (GPU only)
 
     # Environment
     num_envs: int = 4  # environments stepped in parallel; one round is `num_envs` agent steps
@@ -77,18 +78,20 @@ class Args:
     terminal_on_life_loss: bool = False  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
-    layer: Literal["softmoe", "top1moe", "dense"] = "softmoe"  # penultimate layer
+    layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
     num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
     expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
-    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg"] = "PerConv"  # paper, figure 3
+    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"] = "PerConv"  # fig. 3
     capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
     normalize_router: bool = False  # L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)
     learned_phi: bool = True  # learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)
+    expert_variant: Literal["regular", "big"] = "regular"  # big: an encoder in each expert (softmoe; paper, figure 13)
     load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"  # top1moe; paper, figure 9
     importance_weight: float = 1.0  # weight of the importance loss (authors' code: 1)
     load_weight: float = 1.0  # weight of the load loss (authors' code: 1)
     encoder: Literal["impala", "nature"] = "impala"  # convolutions (paper: Impala; DER and figure 7: Nature CNN)
     encoder_width: int = 1  # multiplies the encoder's channels
+    impala_filter: int = 3  # kernel of Impala's convolutions (paper: 3; figure 18: 4, 6)
 
     # Replay
     buffer_size: int = 1_000_000  # transitions in replay (paper: 1M)
@@ -119,7 +122,7 @@ class Args:
 
     def __post_init__(self):
         if self.num_experts is None:
-            self.num_experts = 1 if self.layer == "dense" else 4
+            self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else 4
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -145,10 +148,11 @@ class Conv2d(nn.Conv2d):
 class ImpalaStack(nn.Module):
     """Convolution, max-pool, two residual blocks: (B, C, h, w) -> (B, channels, ceil(h/2), ceil(w/2))."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int, kernel: int):
         super().__init__()
-        self.conv0 = Conv2d(in_channels, channels, 3)
-        self.conv1, self.conv2, self.conv3, self.conv4 = (Conv2d(channels, channels, 3, lecun=True) for _ in range(4))
+        self.conv0 = Conv2d(in_channels, channels, kernel)
+        convs = (Conv2d(channels, channels, kernel, lecun=True) for _ in range(4))
+        self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
         # Flax pads an even axis (0, 1), which is ceil_mode here, and an odd one (1, 1); never with a real value.
@@ -158,10 +162,10 @@ class ImpalaStack(nn.Module):
         return x + self.conv4(F.relu(self.conv3(F.relu(x))))
 
 
-def impala_cnn(channels: int, width: int) -> nn.Module:
+def impala_cnn(channels: int, width: int, kernel: int = 3) -> nn.Module:
     """The ResNet of Espeholt et al. (2018): (B, 4, 84, 84) -> (B, 32 * width, 11, 11)."""
-    stacks = ImpalaStack(channels, 16 * width), ImpalaStack(16 * width, 32 * width), ImpalaStack(32 * width, 32 * width)
-    return nn.Sequential(*stacks, nn.ReLU())
+    sizes = channels, 16 * width, 32 * width, 32 * width
+    return nn.Sequential(*(ImpalaStack(*pair, kernel) for pair in itertools.pairwise(sizes)), nn.ReLU())
 
 
 def nature_cnn(channels: int, width: int) -> nn.Module:
@@ -180,37 +184,44 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        self.encoder = {"impala": impala_cnn, "nature": nature_cnn}[args.encoder](obs_shape[0], args.encoder_width)
+        impala, big = functools.partial(impala_cnn, kernel=args.impala_filter), args.expert_variant == "big"
+        encoder = {"impala": impala, "nature": nature_cnn}[args.encoder]
+        self.encoder = nn.Identity() if big else encoder(obs_shape[0], args.encoder_width)
         with torch.no_grad():
             features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
-        if args.layer == "dense":
-            num_features = args.expert_hidden_dim * args.num_experts
-            self.moe = moe.DenseLayer(features.numel(), num_features, noisy=args.noisy)
+        tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
+        if tokenization.startswith("PerPatch"):
+            self.tokenizer = moe.PatchTokenizer(features.shape[1], average=tokenization == "PerPatchAvg")
+        elif tokenization == "Shuffled":
+            self.tokenizer = moe.ShuffledTokenizer(features.shape[1:])
         else:
-            if args.tokenization.startswith("PerPatch"):
-                self.tokenizer = moe.PatchTokenizer(features.shape[1], average=args.tokenization == "PerPatchAvg")
-            else:
-                self.tokenizer = functools.partial(moe.tokenize, tokenization=args.tokenization)
-            _, num_tokens, token_dim = self.tokenizer(features).shape
+            self.tokenizer = functools.partial(moe.tokenize, tokenization=tokenization)
+        _, num_tokens, token_dim = self.tokenizer(features).shape
+        if args.layer in ("dense", "gap", "tokenized"):
+            layer = moe.TokenizedLayer if args.layer == "tokenized" else moe.DenseLayer
+            num_features = args.expert_hidden_dim * args.num_experts
+            self.moe = layer(token_dim, num_features, noisy=args.noisy)
+        else:
             num_features = num_tokens * token_dim
-            router = {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
-            layer, router = (moe.SoftMoE, router) if args.layer == "softmoe" else (moe.Top1MoE, {})
+            options = {"capacity_factor": args.capacity_factor, "noisy": args.noisy}
+            if args.layer == "softmoe":
+                options |= {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
+                options["make_encoder"] = functools.partial(encoder, token_dim, args.encoder_width) if big else None
+            layers = {"softmoe": moe.SoftMoE, "top1moe": moe.Top1MoE, "expert_choice": moe.ExpertChoiceMoE}
             sizes = (num_tokens, token_dim, args.num_experts, args.expert_hidden_dim)
-            self.moe = layer(*sizes, capacity_factor=args.capacity_factor, noisy=args.noisy, **router)
+            self.moe = layers[args.layer](*sizes, **options)
         self.advantage = moe.linear(num_features, num_actions * args.num_atoms, noisy=args.noisy)
         self.value = moe.linear(num_features, args.num_atoms, noisy=args.noisy) if args.dueling else None
         self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)  # (N,)
         # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
-        self.to(memory_format=torch.channels_last)
+        self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
         x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
         x = self.encoder(x)  # (B, C, h, w)
-        if isinstance(self.moe, moe.DenseLayer):
-            return self.moe(moe.tokenize(x, "PerSamp")), None
         output = self.moe(self.tokenizer(x))
-        return output.tokens.flatten(1), output
+        return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         features, output = self.features(obs)
@@ -245,7 +256,7 @@ def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tenso
     """
     spacing = (support[-1] - support[0]) / (support.numel() - 1)
     distance = (atoms.clamp(support[0], support[-1])[:, None] - support[:, None]).abs() / spacing  # (B, N, N)
-    return torch.einsum("bij,bj->bi", (1 - distance).clamp_min(0), probs)  # i: support, j: atoms
+    return ((1 - distance).clamp_min(0) * probs[:, None]).sum(dim=2)  # no matrix product: that would be in TF32
 
 
 def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: Args) -> tuple:
@@ -622,7 +633,8 @@ def open_device(args: Args) -> torch.device:
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
         raise ValueError(f"--compile needs a C compiler, gcc or clang, and {headers}; --no-compile does without")
-    torch.cuda.set_stream(torch.cuda.Stream())  # on the default one nothing can be captured
+    if torch.cuda.current_stream() == torch.cuda.default_stream():  # on which nothing can be captured
+        torch.cuda.set_stream(torch.cuda.Stream())
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32, as JAX has it there
     return torch.device("cuda")
@@ -651,7 +663,10 @@ class Agent:
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss, self.policy = compile(td_loss), compile(self.policy)
         if place == device:
-            self.replay.add, self.replay.sample = compile(self.replay.add), compile(self.replay.sample)
+            # Draws in float64, as eager ones are; and no copies of the ring to the host for tuning how to write to it.
+            options = {"fallback_random": True, "triton.autotune_pointwise": False}
+            for function in ("add", "sample"):
+                setattr(self.replay, function, compile(getattr(self.replay, function), options=options))
             if args.prioritized:
                 self.replay.update_priorities = compile(self.replay.update_priorities)
         if graphs:
@@ -672,7 +687,8 @@ class Agent:
 
     def store(self, reward, terminated, truncated) -> None:
         """Put into the replay what came of the last actions, all (N,)."""
-        self.replay.add(self.obs[:, -1], self.action, reward, terminated, truncated)
+        outcome = (torch.as_tensor(x, device=self.replay.cursor.device) for x in (reward, terminated, truncated))
+        self.replay.add(self.obs[:, -1], self.action, *outcome)
 
     def step(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
         """`store`, then `act`; in one CUDA graph, to which the frames travel once."""
@@ -769,7 +785,7 @@ def check_args(args: Args) -> None:
     """ValueError for arguments that cannot work or would silently do nothing; the rest is left to the libraries."""
     sizes = "total_timesteps iteration_steps num_envs num_experts expert_hidden_dim encoder_width batch_size n_step"
     for names, low, high in (
-        (f"{sizes} target_network_frequency", 1, 2**63 - 1),
+        (f"{sizes} target_network_frequency impala_filter", 1, 2**63 - 1),
         ("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1),
         ("checkpoint_every", 2 * args.num_envs if args.checkpoint_every else 0, 2**63 - 1),  # some step is not cut
         ("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1),  # a transition can be drawn
@@ -785,9 +801,11 @@ def check_args(args: Args) -> None:
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
     for names, works, needs in (
-        ("tokenization capacity_factor", args.layer != "dense", "--layer softmoe or top1moe"),
-        ("normalize_router learned_phi", args.layer == "softmoe", "--layer softmoe"),
+        ("tokenization", args.layer not in ("dense", "gap"), "tokens, not --layer dense or gap"),
+        ("capacity_factor", args.layer not in ("dense", "gap", "tokenized"), "experts, as of --layer softmoe"),
+        ("normalize_router learned_phi expert_variant", args.layer == "softmoe", "--layer softmoe"),
         ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
+        ("impala_filter", args.encoder == "impala", "--encoder impala"),
         ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
         ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
         ("end_epsilon epsilon_decay_steps", not args.noisy, "--no-noisy"),

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,6 +152,7 @@ def parts_of(script, agent, envs) -> tuple[dict, dict]:
 
 def work(case: Case, options: Options, folder: Path, data: Path, connection) -> None:
     """Run the case's script; after each iteration, once it learns, measure, report, and wait for the next turn."""
+    tqdm.set_lock(threading.RLock())  # the usual one outlives a process that is killed
     for number, path in ((1, os.devnull), (2, folder / str(os.getpid()))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     script, made, warm_until = importlib.import_module(f"{case.agent}_softmoe"), {}, options.updates
@@ -283,7 +285,9 @@ def table(done: list[Case]) -> str:
         found = medians(case)
         shares = {name: f"{100 * found[name] * found['rate']:.0f}" if name in found else "-" for name in PARTS}
         cells = "".join(f"{share:>{len(label)}}" for share, label in zip(shares.values(), labels, strict=True))
-        lines.append(f"{case!s:33}{found['rate']:7,.0f}{1 / statistics.median(case.parts['update']):8,.0f} {cells}")
+        rates = found["rate"], 1 / statistics.median(case.parts["update"])
+        rates = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates)
+        lines.append("{!s:33}{:>7}{:>8} {}".format(case, *rates, cells))
     return "\n".join(lines)
 
 
@@ -309,6 +313,7 @@ def picture(done: list[Case], title: str, path: Path) -> None:
     for color, width in (("white", 5), ("black", 2.5)):
         axes.plot([1e3 / values["rate"] for values in found], names, "|", color=color, ms=15, mew=width)
     axes.plot([], [], "|", color="black", ms=15, mew=2.5, label="the loop")
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per agent step (cql: per update)")
     axes.set_title(title, fontsize=9)

@@ -192,7 +192,8 @@ def emulated_cuda():
             pinned.wait(self.number)
 
     parts = {"init": lambda: None, "Stream": object, "Event": Event, "CUDAGraph": Graph, "graph": capture}
-    parts |= {"set_stream": streams.append, "current_stream": lambda: streams[-1], "synchronize": pinned.wait}
+    parts |= {"set_stream": streams.append, "current_stream": lambda: streams[-1]}
+    parts |= {"default_stream": lambda: None, "synchronize": pinned.wait}
     parts |= {"get_rng_state": lambda device: torch.get_rng_state(), "default_generators": ()}
     parts |= {"set_rng_state": lambda state, device: torch.set_rng_state(state), "get_device_name": lambda: "none"}
     parts |= {"mem_get_info": lambda device: (10**10, 10**10), "is_available": lambda: True}

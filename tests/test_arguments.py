@@ -85,7 +85,7 @@ def refused_run(refusal, tmp_path):
 # -------------------------------------------------------------------------------------------------- bad arguments
 BAD_NUMBERS = {
     "num_experts expert_hidden_dim encoder_width batch_size n_step num_envs total_timesteps iteration_steps": [0, -1],
-    "target_network_frequency": [0, -1],
+    "target_network_frequency impala_filter": [0, -1],
     "seed weights_every eval_episodes noop_max epsilon_decay_steps": [-1, 2**64],
     "sticky_actions end_epsilon eval_epsilon gamma": [-0.1, 1.1, math.nan],
     "capacity_factor learning_rate adam_eps": [0.0, -1.0, math.nan, math.inf],
@@ -156,8 +156,11 @@ REFUSED = [  # arguments -> words; frames of the pixel game are 12x12, features 
     ({"normalize_router": True, "layer": "top1moe"}, ["--normalize-router has no effect", "softmoe"]),
     ({"learned_phi": False, "layer": "dense"}, ["--learned-phi has no effect", "softmoe"]),
     ({"load_balancing": "load"}, ["--load-balancing has no effect", "top1moe"]),
-    ({"tokenization": "PerFeat", "layer": "dense"}, ["--tokenization has no effect", "softmoe"]),
-    ({"capacity_factor": 0.5, "layer": "dense"}, ["--capacity-factor has no effect", "softmoe"]),
+    ({"tokenization": "PerFeat", "layer": "dense"}, ["--tokenization has no effect", "tokens"]),
+    ({"tokenization": "Shuffled", "layer": "gap"}, ["--tokenization has no effect", "tokens"]),
+    ({"capacity_factor": 0.5, "layer": "tokenized"}, ["--capacity-factor has no effect", "softmoe"]),
+    ({"expert_variant": "big", "layer": "top1moe"}, ["--expert-variant has no effect", "softmoe"]),
+    ({"impala_filter": 4, "encoder": "nature"}, ["--impala-filter has no effect", "impala"]),
     ({"importance_weight": 2.0}, ["--importance-weight has no effect", "importance"]),
     ({"importance_weight": 2.0, "layer": "top1moe", "load_balancing": "load"}, ["--importance-weight has no effect"]),
     ({"load_weight": 2.0, "layer": "top1moe", "load_balancing": "importance"}, ["--load-weight has no effect"]),
@@ -401,6 +404,7 @@ CHANGES = {
     "capacity_factor": Change(1.5, lambda run: run.moe.num_slots, 2, 3),
     "normalize_router": Change(True, router_ignores_length, False, True),
     "learned_phi": Change(False, lambda run: "phi" in run.moe.state_dict(), True, False),
+    "expert_variant": Change("big", lambda run: type(run.moe.experts).__name__, "Experts", "BigExperts"),
     "load_balancing": Change("load", lambda run: run.balancing, set(), {("load", 1, 1)}, {"layer": "top1moe"}),
     "importance_weight": Change(
         3.0, lambda run: run.balancing, {("importance+load", 1, 1)}, {("importance+load", 3, 1)}, BALANCED
@@ -411,6 +415,9 @@ CHANGES = {
     # Nature: 8x8x4x32, 4x4x32x64, 3x3x64x64. Impala: a first convolution and four more, 16, 32, 32 channels.
     "encoder": Change("impala", lambda run: run.encoder, 77_984, 592 + 9_280 + 4_640 + 36_992 + 46_240),
     "encoder_width": Change(2, lambda run: run.encoder, 8_224 + 32_832 + 36_928, 16_448 + 131_200 + 147_584),
+    "impala_filter": Change(
+        4, lambda run: run.encoder, 97_744, 1_040 + 16_448 + 8_224 + 65_664 + 82_080, {"encoder": "impala"}
+    ),
     # Replay
     "buffer_size": Change(200, lambda run: run.replay.rows, 100, 50),
     "batch_size": Change(8, lambda run: run.batch_sizes, {16}, {8}),

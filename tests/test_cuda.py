@@ -1,5 +1,6 @@
 """What only a GPU can show: CUDA graphs compute what eager code computes, and nothing in them waits."""
 
+import gc
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ ENVS = SimpleNamespace(frame_shape=(84, 84), num_actions=4)
 @pytest.fixture(autouse=True)
 def compile_afresh():
     torch._dynamo.reset()  # one process compiles a function for a few agents only
+    gc.collect()  # an agent's graphs are parts of cycles, and must not end within another capture
     with torch._inductor.config.patch(fallback_random=True):  # compiled code draws what eager code does
         yield
 

@@ -108,7 +108,7 @@ FAULTS = {
         "{name: x.clone() for name, x in agent.q_network.state_dict().items()}, assign=True)",
     ),
     "no warm-up: Adam's state is made in the capture": ("warmup: int = 10", "warmup: int = 0"),
-    "the default stream": ("    torch.cuda.set_stream(torch.cuda.Stream())", "    pass"),
+    "the default stream": ("        torch.cuda.set_stream(torch.cuda.Stream())", "        pass"),
     "Adam is not capturable": ('"capturable": graphs}', '"capturable": False}'),
     "the replay's cursor is a number of Python's": (
         "place = self.cursor % self.rows * self.num_envs + self.envs  # (N,)",
@@ -194,7 +194,7 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, monkeypa
         graphs.append(module)
         return module.forward
 
-    def compile_eagerly(function, *, dynamic, fullgraph, disable):
+    def compile_eagerly(function, *, dynamic, fullgraph, disable, options=None):
         return compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
@@ -205,8 +205,9 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, monkeypa
     flag = torch.zeros(agent.args.num_envs, dtype=torch.bool)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(12):
-            agent.store(flag.float(), flag, flag)
+            agent.store(flag.float(), flag, flag.clone())
             agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
+            agent.store(flag.float().numpy(), flag.numpy(), flag.clone().numpy())  # as before a checkpoint
         for _ in range(2):
             agent.learn()
             agent.target_network.load_state_dict(agent.q_network.state_dict())

@@ -40,6 +40,8 @@ def test_the_table_of_flags_has_their_defaults():
 def test_every_flag_that_is_mentioned_exists():
     known = {name for script in SCRIPTS for name in defaults(script)} | {"--help"}
     known |= {f"--no-{name[2:]}" for script in SCRIPTS for name in defaults(script)}
+    for path in (ROOT / "scripts").glob("*.*"):
+        known |= set(re.findall(r"--[a-z][\w-]+", path.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
 
 

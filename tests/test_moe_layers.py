@@ -18,12 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_layers import (
+    BigExperts,
     DenseLayer,
+    ExpertChoiceMoE,
     MoEOutput,
     NoisyLinear,
     PatchTokenizer,
     Routing,
+    ShuffledTokenizer,
     SoftMoE,
+    TokenizedLayer,
     Top1MoE,
     dormant_fraction,
     entropy_loss,
@@ -34,7 +38,7 @@ from moe_layers import (
     tokenize,
 )
 
-MOE_LAYERS = [SoftMoE, Top1MoE]
+MOE_LAYERS = [SoftMoE, Top1MoE, ExpertChoiceMoE]
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +188,25 @@ def top1_oracle(layer, tokens, noise=None, router_noise=None):
     return output
 
 
-ORACLES = {SoftMoE: soft_moe_oracle, Top1MoE: top1_oracle}
+def expert_choice_oracle(layer, tokens, noise=None):
+    """Expert choice, expert by expert: the tokens most probable for it, the best one first; outputs times gates."""
+    weights, tokens = weights_of(layer), tokens.numpy()
+    output = empty_output(layer, len(tokens))
+    out, (dispatch, combine, router_logits, router_probs), hidden = output
+    for b, x in enumerate(tokens):
+        for t, token in enumerate(x):
+            router_logits[b, t] = weights["router.weight"] @ token
+            router_probs[b, t] = softmax(router_logits[b, t])
+        for e in range(layer.num_experts):
+            best = sorted(range(len(x)), key=lambda t: -router_probs[b, t, e])
+            for s, t in enumerate(best[: layer.num_slots]):
+                result, hidden[b, e, s] = expert_oracle(x[t], weights, e, noise and noise[b])
+                dispatch[b, t, e, s], combine[b, t, e, s] = 1, router_probs[b, t, e]
+                out[b, t] += router_probs[b, t, e] * result
+    return output
+
+
+ORACLES = {SoftMoE: soft_moe_oracle, Top1MoE: top1_oracle, ExpertChoiceMoE: expert_choice_oracle}
 
 
 # --------------------------------------------------------------------------------------------- parity with the authors
@@ -226,7 +248,8 @@ def test_losses_reproduce_the_authors_values():
 def test_layer_matches_its_oracle(layer_class, num_experts, capacity_factor, num_tokens):
     layer = small(layer_class, num_tokens, num_experts=num_experts, capacity_factor=capacity_factor)
     tokens = normal(2, num_tokens, 5)
-    assert layer.num_slots == -(-num_tokens * capacity_factor // num_experts)
+    most = num_tokens if layer_class is ExpertChoiceMoE else math.inf  # an expert reads no token twice
+    assert layer.num_slots == min(-(-num_tokens * capacity_factor // num_experts), most)
     assert_same_output(layer(tokens), ORACLES[layer_class](layer, tokens))
 
 
@@ -311,7 +334,54 @@ def test_dense_layer_is_flatten_linear_relu():
     assert isinstance(noisy.linear, NoisyLinear) and torch.equal(noisy(x), expected)
 
 
+def test_tokenized_layer_sums_over_tokens_that_share_their_noise(draws):
+    layer, x = randomise(TokenizedLayer(5, 4)), normal(3, 7, 5)
+    expected = [sum((layer.linear.weight @ token + layer.linear.bias).clamp(min=0) for token in sample) for sample in x]
+    assert_close(layer(x), torch.stack(expected))
+    noisy = randomise(TokenizedLayer(5, 4, noisy=True)).train()
+    output, weights = noisy(x), weights_of(noisy.linear)
+    p, q = ({draw.shape: draw.numpy() for draw in draws}[shape] for shape in ((3, 1, 5), (3, 1, 4)))
+    matrices = weights["weight"].T, weights["bias"], weights["weight_sigma"].T, weights["bias_sigma"]
+    for b in range(3):
+        weight, bias = noisy_weights(*matrices, p[b, 0], q[b, 0])
+        assert_close(output[b], np.maximum(x[b].numpy() @ weight + bias, 0).sum(axis=0))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("num_tokens, num_slots", [(48, 16), (29, 9)])
+def test_big_experts_are_encoders_of_their_own_on_images_of_slots(num_tokens, num_slots, noisy):
+    def make_encoder():
+        return nn.Sequential(nn.Conv2d(5, 2, 2, padding=1), nn.ReLU(), nn.Conv2d(2, 4, 3, stride=2))
+
+    layer = small(SoftMoE, num_tokens, make_encoder=make_encoder, noisy=noisy, normalize=True)
+    assert isinstance(layer.experts, BigExperts) and layer.num_slots == num_slots
+    tokens = normal(2, num_tokens, 5)
+    output, side = layer(tokens), math.isqrt(num_slots)
+    slots = torch.einsum("btd,btes->besd", tokens, output.routing.dispatch_weights)
+    results, mlp = torch.zeros_like(slots), weights_of(layer.experts)
+    for b, e in np.ndindex(2, 3):
+        encoder = make_encoder().double()
+        encoder.load_state_dict({name.replace("-", "."): x[e] for name, x in layer.experts.encoders.items()})
+        image = torch.stack([slots[b, e, y * side : (y + 1) * side].T for y in range(side)], dim=1)  # (D, side, side)
+        features = encoder(image[None])[0].permute(1, 2, 0).flatten().detach().numpy()  # (h, w, C), as Flax
+        result, hidden = expert_oracle(features, mlp, e, None)
+        results[b, e] = torch.as_tensor(result).view(num_slots, 5)
+        assert_close(output.hidden[b, e, 0], hidden)
+    assert_close(output.tokens, torch.einsum("besd,btes->btd", results, output.routing.combine_weights))
+
+
 # ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_shuffled_tokens_are_the_features_in_other_places_always_the_same():
+    features, tokenizer = torch.arange(2 * 3 * 20.0).view(2, 3, 4, 5), ShuffledTokenizer((3, 4, 5))
+    tokens, places = tokenizer(features), tokenizer.permutation
+    for b, c, y, x in np.ndindex(features.shape):
+        assert tokens[b, y * 5 + x, c] == features[b].flatten()[places[c * 20 + y * 5 + x]]
+    assert not torch.equal(tokens, tokenize(features, "PerConv")) and torch.equal(tokens, tokenizer(features))
+    other = ShuffledTokenizer((3, 4, 5))
+    other.load_state_dict(tokenizer.state_dict())  # as a target network does
+    assert torch.equal(other(features), tokens)
 
 
 def test_tokenize_matches_loops_over_the_feature_map():
@@ -319,6 +389,7 @@ def test_tokenize_matches_loops_over_the_feature_map():
     features = torch.arange(B * C * h * w, dtype=torch.float64).view(B, C, h, w)
     per_conv, per_feat, per_samp = (tokenize(features, name) for name in ("PerConv", "PerFeat", "PerSamp"))
     assert (per_conv.shape, per_feat.shape, per_samp.shape) == ((B, 20, C), (B, C, 20), (B, 1, 60))
+    assert_close(tokenize(features, "Average"), per_feat.mean(dim=2)[:, None])
     for b, c, y, x in np.ndindex(B, C, h, w):
         expected = features[b, c, y, x]
         assert per_conv[b, y * w + x, c] == per_feat[b, c, y * w + x] == per_samp[b, 0, (y * w + x) * C + c] == expected
@@ -457,6 +528,7 @@ OPTIONS = [
     (SoftMoE, {"learned_phi": False, "capacity_factor": 0.5}),
     (Top1MoE, {"noisy": True, "router_noise_std": 0.3}),
     (Top1MoE, {"capacity_factor": 0.5}),
+    (ExpertChoiceMoE, {"noisy": True}),
 ]
 
 

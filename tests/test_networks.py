@@ -96,13 +96,15 @@ def test_encoders_pad_as_flax_does(size):
     for layer in convolutions(nature):
         expected = conv_same(expected, layer).relu()
     torch.testing.assert_close(nature(x), expected)
-    impala, expected = impala_cnn(4, 1), x
-    for i in (0, 5, 10):
-        first, *residual = convolutions(impala)[i : i + 5]
-        expected = max_pool_same(conv_same(expected, first))
-        for one, two in (residual[:2], residual[2:]):
-            expected = expected + conv_same(conv_same(expected.relu(), one).relu(), two)
-    torch.testing.assert_close(impala(x), expected.relu(), rtol=1e-4, atol=1e-5)
+    for kernel in (3, 4, 6):
+        impala, expected = impala_cnn(4, 1, kernel), x
+        for i in (0, 5, 10):
+            first, *residual = convolutions(impala)[i : i + 5]
+            assert first.kernel_size == residual[0].kernel_size == (kernel, kernel)
+            expected = max_pool_same(conv_same(expected, first))
+            for one, two in (residual[:2], residual[2:]):
+                expected = expected + conv_same(conv_same(expected.relu(), one).relu(), two)
+        torch.testing.assert_close(impala(x), expected.relu(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -159,17 +161,19 @@ def test_the_dense_layer_flattens_in_the_authors_order():
 
 
 TOKENS = {"PerConv": (25, 64), "PerFeat": (64, 25), "PerSamp": (1, 1600), "PerPatch": (1, 64), "PerPatchAvg": (1, 64)}
+TOKENS |= {"Shuffled": (25, 64)}
+LAYERS = [(layer, t) for layer in ("softmoe", "top1moe", "expert_choice", "tokenized") for t in TOKENS]
+LAYERS += [("dense", "PerConv"), ("gap", "PerConv")]
 
 
-@pytest.mark.parametrize(
-    "layer, tokenization", [(layer, t) for layer in ("softmoe", "top1moe") for t in TOKENS] + [("dense", "PerConv")]
-)
+@pytest.mark.parametrize("layer, tokenization", LAYERS)
 def test_every_layer_and_tokenization_gives_values_and_gradients(layer, tokenization):
     args = Args(layer=layer, tokenization=tokenization, encoder="nature", num_experts=2, expert_hidden_dim=8)
     q_network = QNetwork(args, (4, 36, 36), 5)
     q_values, output = q_network(random_obs(3, 36))
     q_values.square().sum().backward()
-    assert q_values.shape == (3, 5) and (layer == "dense" or output.tokens.shape[1:] == TOKENS[tokenization])
+    assert q_values.shape == (3, 5) and (output is None or output.tokens.shape[1:] == TOKENS[tokenization])
+    assert (output is None) == (layer in ("dense", "gap", "tokenized"))
     assert all(p.grad is not None for name, p in q_network.named_parameters() if name != "moe.scale")
 
 
@@ -183,6 +187,18 @@ def test_the_layer_gets_its_options():
     top1 = layer(layer="top1moe", num_experts=3, capacity_factor=0.5)
     assert (top1.num_slots, top1.router_noise_std, top1.experts.w1.shape) == (21, 0, (3, 64, 8))
     assert layer(layer="dense", num_experts=3).linear.weight.shape == (24, 11 * 11 * 64)
+    assert layer(layer="gap", num_experts=3).linear.weight.shape == (24, 64)
+    assert layer(layer="tokenized", num_experts=3).linear.weight.shape == (24, 64)
+    assert layer(layer="expert_choice", num_experts=3, capacity_factor=0.5).num_slots == 21
+    big = layer(expert_variant="big", encoder_width=2)  # 84 * 84 / 8 pixels, 29 * 29 of them in an image
+    assert (big.num_slots, big.token_dim, big.experts.image) == (29**2, 4, (29, 29, 4))
+    assert big.experts.encoders["0-weight"].shape == (8, 64, 4, 8, 8)
+
+
+def test_the_average_layer_reads_the_mean_of_the_feature_map():
+    q_network, obs = QNetwork(Args(layer="gap", encoder="nature"), (4, 84, 84), 3), random_obs(2)
+    mean = q_network.encoder(obs.float() / 255).mean(dim=(2, 3))
+    torch.testing.assert_close(q_network(obs)[0], q_network.head(q_network.moe.linear(mean).relu()))
 
 
 # --------------------------------------------------------------------------------------------------- loss and actions
