@@ -40,7 +40,7 @@ DQN |= {"total_timesteps": 6_000, "learning_starts": 500, "epsilon_decay_steps":
 DQN |= {"target_network_frequency": 200}
 RAINBOW = DQN | {"total_timesteps": 8_000, "learning_rate": 3e-3, "expert_hidden_dim": 32}
 RAINBOW |= {"num_atoms": 11, "v_min": -4.0, "v_max": 4.0}
-DER = RAINBOW | {"total_timesteps": 4_000, "learning_rate": 1e-3, "n_step": 3, "target_network_frequency": 100}
+DER = RAINBOW | {"total_timesteps": 6_000, "learning_rate": 1e-3, "n_step": 3, "target_network_frequency": 100}
 DER |= {"noisy": False, "epsilon_decay_steps": 1_000, "replay_ratio": 0.5, "tokenization": "PerSamp"}
 PIXEL_GAME = [("dqn_softmoe", DQN | {"layer": layer}) for layer in ("softmoe", "top1moe", "dense")]
 PIXEL_GAME += [("rainbow_softmoe", {name: RAINBOW[name] for name in RAINBOW if name != "epsilon_decay_steps"})]

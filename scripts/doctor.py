@@ -1,0 +1,133 @@
+"""Whether a command will run here, and how long it will take, before it takes days.
+
+    python scripts/doctor.py python dqn_softmoe.py --num-experts 8 --env-id BreakoutNoFrameskip-v4
+
+Says versions, GPU and compiler, the game's ROM, the memory and disk that the command needs and that there are, and runs
+it for 20 seconds to see how fast it is. Exit code 1 where something is missing.
+"""
+
+import csv
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import ale_py
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def say(good: bool | None, what: str, text: str) -> bool:
+    """A line; None is neither good nor bad."""
+    print(f"{ {True: 'ok', False: 'NO', None: '--'}[good] }  {what:12} {text}", flush=True)
+    return good is not False
+
+
+def check_compiler(args) -> bool:
+    compiler = next((name for name in (os.environ.get("CC", "cc"), "gcc", "clang") if shutil.which(name)), None)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    needed = args.cuda and args.compile and torch.cuda.is_available()
+    good = compiler is not None and headers.exists()
+    return say(good if needed else None, "compiler", f"{compiler}, {headers if headers.exists() else 'no Python.h'}")
+
+
+def check_gpu(args) -> bool:
+    if not torch.cuda.is_available():
+        return say(None, "GPU", f"none; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    free, total = torch.cuda.mem_get_info()
+    return say(True, "GPU", f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
+
+
+def check_game(args, script) -> bool:
+    try:
+        envs = script.Environments(args, 1)
+    except Exception as error:
+        return say(False, "game", f"{args.env_id}: {error}")
+    rom = ale_py.roms.get_rom_path(envs.game) if envs.game else "not of Atari"
+    return say(True, "game", f"{args.env_id}, {envs.num_actions} actions, frames of {envs.frame_shape}; {rom}")
+
+
+def check_memory(args, script) -> bool:
+    if not hasattr(args, "buffer_size"):
+        return say(None, "memory", "the data is mapped from the disk")
+    need, free = args.buffer_size * (84 * 84 + 22) / 1e9, script.free_memory() / 1e9
+    if torch.cuda.is_available() and args.replay_device == "auto":
+        free = max(free, torch.cuda.mem_get_info()[0] / 1e9)
+    return say(need < 0.9 * free, "memory", f"the replay takes {need:.1f} GB, {free:.1f} GB are free")
+
+
+def check_disk(args) -> bool:
+    runs_dir = Path(args.runs_dir).absolute()
+    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    steps = getattr(args, "total_timesteps", 0)
+    need = min(getattr(args, "buffer_size", 0), steps) * (84 * 84 + 22) * 2  # a checkpoint is written beside the last
+    need += 100 * steps * getattr(args, "save_replay", False)
+    free = shutil.disk_usage(folder).free
+    return say(need < free, "disk", f"up to {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
+
+
+def probe(script, args, seconds: float) -> bool:
+    """Run it with an early start of learning, on a smaller ring, until the time is over."""
+    if not hasattr(args, "total_timesteps"):
+        return say(None, "speed", "not tried: it depends on the data")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"total_timesteps": 10**9, "learning_starts": 400, "iteration_steps": 40, "buffer_size": 20_000}
+        settings |= {"checkpoint_every": 0, "weights_every": 0, "runs_dir": folder, "run_name": "probe", "resume": None}
+        code = f"import {script.__name__} as script; script.main(script.Args(**{vars(args) | settings}))"
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        child = subprocess.Popen([sys.executable, "-c", code], env=environment, **streams)
+        path, rates, end = Path(folder, "probe", "metrics.csv"), [], time.monotonic() + seconds + 10  # for the imports
+        while len(rates) < 60 and child.poll() is None and time.monotonic() < end:
+            time.sleep(0.5)
+            rates = [float(row["sps"]) for row in csv.DictReader(path.open())] if path.exists() else []
+        child.kill()
+        error = child.communicate()[1].strip().splitlines()
+    rates = rates[12:]  # those before learn nothing, or compile
+    if child.returncode != -9:
+        return say(False, "speed", error[-1] if error else f"exit code {child.returncode}")
+    if not rates:
+        return say(False, "speed", f"it did not begin to learn within {seconds:g} s")
+    rate = np.median(rates).item()
+    hours = args.total_timesteps / rate / 3600
+    return say(True, "speed", f"{rate:.0f} agent steps/s while learning: {hours:.1f} hours, without the evaluation")
+
+
+def main() -> int:
+    command = sys.argv[1:]
+    if command in ([], ["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if "python" in Path(command[0]).name:
+        command = command[1:]
+    if not command or not command[0].endswith("_softmoe.py"):
+        print(f"error: {' '.join(sys.argv[1:])}: not a command such as python dqn_softmoe.py", file=sys.stderr)
+        return 2
+    script = importlib.import_module(Path(command[0]).stem)
+    sys.argv = command
+    with script.one_line_errors(Exception):
+        args = script.parse_args()
+        script.check_args(args)
+    say(True, "versions", f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}")
+    good = [
+        check_gpu(args),
+        check_compiler(args),
+        check_game(args, script),
+        check_memory(args, script),
+        check_disk(args),
+    ]
+    good.append(all(good) and probe(script, args, 20))
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""Raw returns of whole games with a network that a run has left.
+
+    python scripts/evaluate.py runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1 --episodes 100
+    python scripts/evaluate.py runs/.../weights/250000.pt
+
+Plays as the run's own evaluation does: each game in an environment of its own, side by side, at --epsilon, noise off.
+"""
+
+import importlib
+import json
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+dqn_softmoe = importlib.import_module("dqn_softmoe")
+
+
+@dataclass
+class Options:
+    path: Annotated[Path, tyro.conf.Positional]  # run directory, or a file of weights in one
+    episodes: int = 100  # games
+    epsilon: float = 0.001  # share of random actions
+    seed: int = 1  # of games and random actions
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # JSON file for all returns (default: none)
+    cuda: bool = True  # on the GPU where there is one
+
+
+def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.Module, Path]:
+    """Script, its Args, network and weights of a run directory or a file in it; FileNotFoundError if there are none."""
+    run = path if path.is_dir() else path.parent.parent if path.parent.name == "weights" else path.parent
+    saved = sorted((run / "weights").glob("*.pt"), key=lambda file: int(file.stem))
+    weights = path if path.is_file() else run / "weights.pt" if (run / "weights.pt").exists() else [*saved, None][-1]
+    if weights is None or not (run / "config.json").exists():
+        raise FileNotFoundError(f"{path}: no config.json with weights.pt or weights/ is there")
+    config = json.loads((run / "config.json").read_text())
+    script = importlib.import_module(Path(config["script"]).stem)
+    known = script.Args.__dataclass_fields__
+    args = script.Args(**{name: value for name, value in config["args"].items() if name in known})
+    args.cuda = cuda and torch.cuda.is_available()
+    envs = dqn_softmoe.Environments(args, 1)
+    q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
+    q_network.load_state_dict(torch.load(weights, "cpu", weights_only=True))
+    return script, args, q_network.to("cuda" if args.cuda else "cpu").eval(), weights
+
+
+def main(options: Options) -> None:
+    _, args, q_network, weights = load(options.path, options.cuda)
+    args.eval_episodes, args.eval_epsilon = options.episodes, options.epsilon
+    returns = dqn_softmoe.evaluate(q_network, args, options.seed, threading.Event())
+    mean, std = np.mean(returns).item(), np.std(returns).item()
+    print(f"{weights}: mean return {mean:.2f}, standard deviation {std:.2f}, {len(returns)} episodes")
+    if options.output:
+        result = {"weights": str(weights), "episodes": len(returns), "mean_return": mean, "std_return": std}
+        result |= {"epsilon": options.epsilon, "seed": options.seed, "returns": returns}
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with dqn_softmoe.one_line_errors(OSError, ValueError, RuntimeError):
+        options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
+        main(options)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Figures 12 and 16: Atari-100k.
+set -euo pipefail
+. "$(dirname "$0")/lines.sh"
+for layer in "dense --num-experts 1" "top1moe --num-experts 8" "softmoe --num-experts 8"; do
+    lines der "$games26" --encoder impala --layer $layer
+done

@@ -1,0 +1,115 @@
+"""The figures' lists are commands that the scripts take; sweep.sh and Slurm run them, stop and finish them."""
+
+import importlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, checkpoint
+
+FIGURES = sorted([*ROOT.glob("scripts/fig*.sh"), ROOT / "scripts" / "tokenize_ablation.sh"])
+PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
+SMALL = "--encoder nature --expert-hidden-dim 16 --learning-starts 200 --buffer-size 1000 --iteration-steps 200 "
+SMALL += "--eval-episodes 1 --target-network-frequency 100 --no-cuda"
+
+
+def shell(*command, cwd=ROOT, **settings):
+    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | settings
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | settings)
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem)
+def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
+    done = shell(figure, GAMES="Pong", SEEDS="1 2", STEPS="77777")
+    lines = done.stdout.splitlines()
+    assert done.stderr == "" and len(lines) == len(set(lines)) > 3 and len(lines) % 2 == 0
+    names = set()
+    for line in lines[::2]:
+        python, script, *flags = shlex.split(line)
+        script = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
+        args = script.parse_args()
+        script.check_args(args)
+        assert (python, args.seed, args.env_id, args.resume) == ("python", 1, "PongNoFrameskip-v4", "auto")
+        assert 77_777 in (getattr(args, "total_timesteps", None), getattr(args, "total_updates", None))
+        names.add(args.run_name)
+    assert len(names) == len(lines) / 2
+
+
+def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
+    lines = shell(ROOT / "scripts" / "fig12_low_data.sh").stdout.splitlines()
+    assert len(lines) == 26 * 5 * 3 and not any("--total" in line for line in lines)
+    assert len(shell(ROOT / "scripts" / "fig1_experts.sh").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A list of runs on the pixel game, and a function that calls sweep.sh with it."""
+    path = tmp_path / "list.txt"
+
+    def make(steps, seeds=(1, 2), flags=""):
+        lines = [
+            f"python {ROOT / 'dqn_softmoe.py'} --env-id pixel_game:PixelCatch-v0 --seed {seed} {SMALL} "
+            f"--total-timesteps {steps} --runs-dir {tmp_path / 'runs'} --run-name run{seed} --resume auto {flags}"
+            for seed in seeds
+        ]
+        path.write_text("\n".join(lines) + "\n")
+        return lambda *given: shell(ROOT / "scripts" / "sweep.sh", "--jobs", "2", *given, path, cwd=tmp_path)
+
+    return make
+
+
+def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path):
+    run = sweep(400)
+    lines = (tmp_path / "list.txt").read_text()
+    (tmp_path / "list.txt").write_text(lines + lines.splitlines()[0].replace("run1", "run3") + " --num-experts 0\n")
+    assert run("--status").stdout == "0 done, 0 running, 0 failed, 3 to do, of 3\n"
+    dry = run("--dry-run")
+    assert dry.stdout.splitlines() == (tmp_path / "list.txt").read_text().splitlines() and "2 at a time" in dry.stderr
+    done = run()
+    assert done.returncode == 1, done
+    failed, why, summary = done.stdout.splitlines()
+    assert failed.startswith("line 3 failed (2): python ") and "--num-experts must be" in why
+    assert summary == "2 done, 0 running, 1 failed, 0 to do, of 3"
+    (tmp_path / "list.txt").write_text(lines)  # the mistake is mended
+    before = [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
+    assert run().returncode == 0 and "2 done" in run("--status").stdout
+    assert before == [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
+
+
+def test_ctrl_c_reaches_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path):
+    run = sweep(60_000, flags="--checkpoint-every 400")
+    command = [ROOT / "scripts" / "sweep.sh", "--jobs", "2", tmp_path / "list.txt"]
+    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    started = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert "2 running" in run("--status").stdout
+    os.killpg(started.pid, signal.SIGINT)
+    stdout, _ = started.communicate(timeout=60)
+    assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
+    reached = [checkpoint(path)["progress"]["global_step"] for path in (tmp_path / "runs").iterdir()]
+    assert len(reached) == 2 and min(reached) > 0
+    sweep(max(reached) + 200, flags="--checkpoint-every 400")
+    assert run().returncode == 0
+    assert "2 done" in run("--status").stdout
+
+
+@pytest.mark.parametrize("given", [["no-list"], ["--jobs", "none", "list.txt"], []])
+def test_what_cannot_be_swept_is_one_line(tmp_path, given):
+    (tmp_path / "list.txt").write_text("true\n")
+    done = shell(ROOT / "scripts" / "sweep.sh", *given, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
