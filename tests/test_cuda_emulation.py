@@ -183,11 +183,11 @@ def test_fake_tensors_find(fault, fake):
 
 COMPILED = [("dqn_softmoe", {"layer": "top1moe", "encoder": "impala"}), ("rainbow_softmoe", {})]
 COMPILED += [("rainbow_softmoe", {"layer": "dense", "num_experts": 1, "prioritized": False})]
-COMPILED += [("der_softmoe", {"augment": True, "encoder": "impala"})]
+COMPILED += [("der_softmoe", {"augment": True, "encoder": "impala"}), ("cql_softmoe", {"distributional": False})]
 
 
 @pytest.mark.parametrize("script, settings", COMPILED)
-def test_each_function_compiles_to_one_graph_and_once(script, settings, monkeypatch):
+def test_each_function_compiles_to_one_graph_and_once(script, settings, data, monkeypatch):
     graphs, compile = [], torch.compile
 
     def backend(module, _):
@@ -199,20 +199,22 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, monkeypa
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     torch._dynamo.reset()
-    script = importlib.import_module(script)
-    small = {"encoder": "nature", "expert_hidden_dim": 16, "buffer_size": 200, "cuda": False}
-    agent = script.Agent(script.Args(**small | settings), SimpleNamespace(frame_shape=(20, 20), num_actions=3))
+    script, small = importlib.import_module(script), {"encoder": "nature", "expert_hidden_dim": 16, "cuda": False}
+    online = hasattr(script, "ReplayBuffer")
+    small |= {"buffer_size": 200} if online else {"dataset_dir": str(data), "env_id": quick()["env_id"]}
+    agent = script.Agent(script.Args(**small | settings), SimpleNamespace(frame_shape=(12, 12), num_actions=3))
     flag = torch.zeros(agent.args.num_envs, dtype=torch.bool)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(12):
+        for _ in range(12 * online):
             agent.store(flag.float(), flag, flag.clone())
             agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
+            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.5)
             agent.store(flag.float().numpy(), flag.numpy(), flag.clone().numpy())  # as before a checkpoint
         for _ in range(2):
             agent.learn()
             agent.target_network.load_state_dict(agent.q_network.state_dict())
-            agent.q_network.eval().q_values(agent.obs)
+            agent.q_network.eval().q_values(torch.zeros(3, 4, 12, 12, dtype=torch.uint8))
             agent.q_network.train()
-        batch = agent.replay.sample(32)
+        batch = agent.replay.sample(32) if online else agent.data.sample(32)
         agent.loss(agent.target_network, agent.q_network, batch, agent.args)  # others of the same sizes
-    assert len(graphs) == (5 if getattr(agent.args, "prioritized", False) else 4)
+    assert len(graphs) == 2 + 2 * online + getattr(agent.args, "prioritized", False)
