@@ -1,7 +1,8 @@
 # Sourced by the figures' scripts: the paper's games, and what one line of a sweep looks like.
 #
-# GAMES, SEEDS, STEPS (agent steps; updates offline) and RUNS_DIR in the environment replace the paper's. A game is an
-# Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags, so figures share their runs.
+# GAMES, SEEDS, STEPS (agent steps; updates offline) and RUNS_DIR in the environment replace the paper's, FLAGS go to
+# every command. A game is an Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags,
+# so figures share their runs.
 
 games20="AirRaid Asterix Asteroids Bowling Breakout DemonAttack Freeway Gravitar Jamesbond MontezumaRevenge MsPacman
 Pong PrivateEye Qbert Seaquest SpaceInvaders Venture WizardOfWor YarsRevenge Zaxxon"
@@ -21,7 +22,8 @@ lines() {  # agent, games, flags: a command per game and seed
     local agent=$1 games=${GAMES:-$2} length=total-timesteps
     [ "$agent" = cql ] && length=total-updates
     shift 2
-    local name=${*//--/} flags=$*
+    local flags="$*${FLAGS:+ $FLAGS}"
+    local name=${flags//--/}
     name=${name// /-}
     for game in $games; do
         local env_id=$game data=

@@ -43,6 +43,9 @@ def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
 def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
     lines = shell(ROOT / "scripts" / "fig12_low_data.sh").stdout.splitlines()
     assert len(lines) == 26 * 5 * 3 and not any("--total" in line for line in lines)
+    one = {"GAMES": "Pong", "SEEDS": "3", "FLAGS": "--eval-episodes 7", "RUNS_DIR": "elsewhere"}
+    line = shell(ROOT / "scripts" / "fig12_low_data.sh", **one).stdout.splitlines()[0]
+    assert "--eval-episodes 7" in line and "--runs-dir elsewhere --run-name Pong__der__" in line and "-7__seed3" in line
     assert len(shell(ROOT / "scripts" / "fig1_experts.sh").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
 
 
