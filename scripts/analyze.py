@@ -12,6 +12,7 @@ expert_similarity: mean cosine between the outputs of two experts for the same t
 
 import csv
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -108,9 +109,7 @@ def play(script, args, q_network: nn.Module, options: Options):
 
 def points(run: Path, options: Options) -> list[dict]:
     """A row per file of weights."""
-    saved = sorted((run / "weights").glob("*.pt"), key=lambda file: int(file.stem))
-    if not saved:
-        raise ValueError(f"{run} has no weights/: train with --weights-every")
+    saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem))
     script, args, q_network, _ = load(saved[-1])
     batch, rows = play(script, args, q_network, options), []
     for path in tqdm(saved, desc=run.name, unit="point", dynamic_ncols=True):
@@ -136,8 +135,13 @@ def picture(rows: list[dict], path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    rows = [row for run in options.runs for row in points(run, options)]
     options.output.mkdir(parents=True, exist_ok=True)
+    runs = [run for run in options.runs if any((run / "weights").glob("*.pt"))]
+    for run in set(options.runs) - set(runs):
+        print(f"left out: {run} has no weights/: train with --weights-every", file=sys.stderr)
+    if not runs:
+        raise ValueError("no run with weights/")
+    rows = [row for run in runs for row in points(run, options)]
     with open(options.output / "analysis.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -147,5 +151,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with dqn_softmoe.one_line_errors(OSError, ValueError, RuntimeError):
+    with dqn_softmoe.one_line_errors(Exception):
         main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))

@@ -54,7 +54,8 @@ def rows_of(run: Path, human: dict) -> tuple[list[dict], bool]:
     names = [f.name for f in fields(default) if f.name not in NO_SETTING]
     changed = {name: args[name] for name in names if args.get(name) != getattr(default, name)}
     offline, length = "total_updates" in args, "total_updates" if "total_updates" in args else "total_timesteps"
-    changed.pop(length, None)
+    if args.get("distributional") is False:
+        changed["distributional"] = False
     game = game_of(args["env_id"])
     common = {"game": game, "agent": script.__name__.removesuffix("_softmoe"), "layer": args["layer"]}
     common |= {"experts": args["num_experts"], "seed": args["seed"]}
@@ -84,7 +85,11 @@ def main(options: Options) -> int:
         if not (run / "config.json").exists() or not (run / "metrics.csv").exists():
             left_out.append(f"{run}: no run directory")
             continue
-        found, finished = rows_of(run, human)
+        try:
+            found, finished = rows_of(run, human)
+        except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+            left_out.append(f"{run}: damaged: {type(error).__name__}: {error}")
+            continue
         if not finished and not options.unfinished:
             left_out.append(f"{run}: not finished")
             continue
@@ -116,4 +121,5 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))
+    with importlib.import_module("dqn_softmoe").one_line_errors(OSError):
+        raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))

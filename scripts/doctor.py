@@ -58,7 +58,10 @@ def check_game(args, script) -> bool:
 
 def check_memory(args, script) -> bool:
     if not hasattr(args, "buffer_size"):
-        return say(None, "memory", "the data is mapped from the disk")
+        there = any(Path(args.dataset_dir).glob("**/*.npz"))
+        return say(
+            there, "data", f"{args.dataset_dir or 'no --dataset-dir'}: {'mapped from the disk' if there else 'empty'}"
+        )
     need, free = args.buffer_size * (84 * 84 + 22) / 1e9, script.free_memory() / 1e9
     if torch.cuda.is_available() and args.replay_device == "auto":
         free = max(free, torch.cuda.mem_get_info()[0] / 1e9)
@@ -80,7 +83,13 @@ def probe(script, args, seconds: float) -> bool:
     if not hasattr(args, "total_timesteps"):
         return say(None, "speed", "not tried: it depends on the data")
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"total_timesteps": 10**9, "learning_starts": 400, "iteration_steps": 40, "buffer_size": 20_000}
+        start = max(400, 2 * args.num_envs * (args.n_step + 2))
+        settings = {
+            "total_timesteps": 10**9,
+            "buffer_size": max(20_000, 2 * start),
+            "learning_starts": start,
+            "iteration_steps": start // 10,
+        }
         settings |= {"checkpoint_every": 0, "weights_every": 0, "runs_dir": folder, "run_name": "probe", "resume": None}
         code = f"import {script.__name__} as script; script.main(script.Args(**{vars(args) | settings}))"
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}

@@ -37,7 +37,7 @@ class Options:
 def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.Module, Path]:
     """Script, its Args, network and weights of a run directory or a file in it; FileNotFoundError if there are none."""
     run = path if path.is_dir() else path.parent.parent if path.parent.name == "weights" else path.parent
-    saved = sorted((run / "weights").glob("*.pt"), key=lambda file: int(file.stem))
+    saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem))
     weights = path if path.is_file() else run / "weights.pt" if (run / "weights.pt").exists() else [*saved, None][-1]
     if weights is None or not (run / "config.json").exists():
         raise FileNotFoundError(f"{path}: no config.json with weights.pt or weights/ is there")
@@ -65,6 +65,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with dqn_softmoe.one_line_errors(OSError, ValueError, RuntimeError):
+    with dqn_softmoe.one_line_errors(Exception):
         options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
         main(options)

@@ -23,8 +23,8 @@ lines() {  # agent, games, flags: a command per game and seed
     [ "$agent" = cql ] && length=total-updates
     shift 2
     local flags="$*${FLAGS:+ $FLAGS}"
-    local name=${flags//--/}
-    name=${name// /-}
+    local name=${flags//--/}${STEPS:+ steps $STEPS}
+    name=$(sed -E 's/ ?weights-every [0-9]+//; s/ /-/g' <<< "$name")  # which makes no other run
     for game in $games; do
         local env_id=$game data=
         [[ $game == *-v* ]] || env_id=${game}NoFrameskip-v4

@@ -76,11 +76,11 @@ def matrices(scores: dict) -> dict[tuple, np.ndarray]:
     for agent in sorted({method[0] for method in scores}):
         those = {method: runs for method, runs in scores.items() if method[0] == agent}
         common = set.intersection(*(set(runs) for runs in those.values()))
-        seeds = sorted({seed for _, seed in common})
-        games = sorted({game for game, _ in common if all((game, seed) in common for seed in seeds)})
+        games = sorted({game for game, _ in common})
+        seeds = sorted({seed for _, seed in common if all((game, seed) in common for game in games)})
         used, every = len(games) * len(seeds), len(set().union(*those.values()))
         print(f"{agent}: {len(those)} methods, {len(games)} games, seeds {seeds}; {every - used} games' seeds left out")
-        for method, runs in those.items() if games else ():
+        for method, runs in those.items() if used else ():
             found[method] = np.array([[runs[game, seed] for game in games] for seed in seeds])
     return found
 
@@ -99,7 +99,9 @@ def plot_experts(scores: dict, options: Options) -> None:
         lines[method[0], method[1], method[3]].append((method[2], points[method][0], low, high))
         names = dict(zip(("agent", "layer", "experts", "setting"), method, strict=True))
         rows.append(names | {"iqm": points[method][0], "low": low, "high": high, "runs": scores[method].size})
-    for (name, line), (style, grey), marker in zip(sorted(lines.items()), STYLES, itertools.cycle(MARKERS)):
+    for (name, line), (style, grey), marker in zip(
+        sorted(lines.items()), itertools.cycle(STYLES), itertools.cycle(MARKERS)
+    ):
         experts, iqm, low, high = np.array(sorted(line)).T
         error = np.stack([iqm - low, high - iqm])
         axes.errorbar(experts, iqm, error, ls=style, color=grey, marker=marker, ms=3, capsize=2, label=" ".join(name))
@@ -119,7 +121,8 @@ def plot_curves(rows: list[dict], options: Options) -> None:
             curves[row["game"]][method_of(row)].append((int(row["step"]), float(row["score"])))
             if row["normalized"]:
                 together[method_of(row)].append((int(row["step"]), float(row["normalized"])))
-    curves["all games, % of human"] = together
+    if together:
+        curves["all games, % of human"] = together
     with open(REFERENCE, newline="") as file:
         reference = list(csv.DictReader(file))
     columns, out = min(len(curves), 3), []
@@ -203,6 +206,9 @@ def main(options: Options) -> int:
         return 2
     with open(options.results, newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows or "normalized" not in rows[0]:
+        print(f"error: {options.results} has no rows of collect.py's", file=sys.stderr)
+        return 2
     for row in rows:
         row["encoder"] = "CNN" if "encoder=nature" in row["setting"] else "Impala"
     if len(settings := {row["setting"] for row in rows}) == 1:  # names need not repeat what all share
@@ -215,7 +221,7 @@ def main(options: Options) -> int:
         plot_profiles(scores, options)
         plot_improvement(scores, options)
     else:
-        print("no aggregates: no game with a human score that all methods of an agent have played")
+        print("no aggregates: no seed that all methods of an agent have, on all of their games with a human score")
     return 0
 
 

@@ -1,79 +1,87 @@
 #!/usr/bin/env bash
 # Runs the lines of a list, several at a time; called again it finishes what is left.
 #
-#   scripts/fig12_low_data.sh > fig12.txt
-#   scripts/sweep.sh [--jobs N] [--dry-run | --status] fig12.txt
+#   scripts/fig12_low_data.sh > fig12.list
+#   scripts/sweep.sh [--jobs N] [--dry-run | --status] fig12.list
 #
 # Jobs at a time: one per GPU (--jobs 4 on 2 GPUs: two on each), without a GPU one per core, of one thread each. Output
-# goes to fig12.txt.logs/<line>.log. Ctrl-C reaches the runs, which save a checkpoint; lines that fail are named with
-# the end of their log. Exit code: 0 all finished, 1 a line failed, 75 some were stopped.
+# goes to fig12.list.logs/<line>.log. Ctrl-C and SIGTERM reach the runs, which save a checkpoint; lines that fail are
+# named with the end of their log. Exit code: 0 all finished, 1 a line failed, 75 some were stopped.
+
 set -uo pipefail
+fail() { echo "error: $1" >&2; exit 2; }
 
-finished() { [ -e "$1/config.json" ] && ! grep -q '"finished": 0' "$1/config.json"; }
-run_dir() { sed -E 's/.* --runs-dir ([^ ]+).*/\1/' <<< "$1" | tr '\n' /; sed -E 's/.* --run-name ([^ ]+).*/\1/' <<< "$1"; }
+jobs='' action=run list='' number=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --jobs) jobs=${2:-}; shift ;;
+        --line) number=${2:-}; shift ;;  # what xargs calls
+        --dry-run | --status) action=${1#--} ;;
+        -*) fail "$1 is no option: sweep.sh [--jobs N] [--dry-run | --status] LIST" ;;
+        *) [ -z "$list" ] || fail "one list at a time, not $list and $1"; list=$1 ;;
+    esac
+    shift
+done
+[ -f "$list" ] || fail "no list ${list:-was given}: sweep.sh [--jobs N] [--dry-run | --status] LIST"
+mapfile -t lines < "$list"
+lines=("${lines[@]%$'\r'}")
+logs=$list.logs
 
-state() {  # of a line, by its number
-    local dir code=
-    dir=$(run_dir "$(sed -n "$1p" "$list")")
-    [ -e "$logs/$1.code" ] && code=$(< "$logs/$1.code")
-    if finished "$dir"; then echo done
-    elif [ -e "$dir/lock" ] && ! flock --nonblock "$dir/lock" true; then echo running
-    elif [ -n "$code" ] && [ "$code" != 75 ]; then echo failed
-    else echo todo; fi
-}
-
-if [ "${1:-}" = --line ]; then  # one line, in a slot of xargs'
-    list=$2 logs=$2.logs number=$3
+if [ -n "$number" ]; then
     [ "$GPUS" = 0 ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
-    bash -c "$(sed -n "${number}p" "$list")" > "$logs/$number.log" 2>&1
+    bash -c "${lines[number - 1]}" > "$logs/$number.log" 2>&1
     echo $? > "$logs/$number.code"
     exit 0
 fi
 
-jobs='' action=run list=''
-while [ $# -gt 0 ]; do
-    case $1 in
-        --jobs) jobs=${2:-}; shift ;;
-        --dry-run | --status) action=${1#--} ;;
-        *) list=$1 ;;
-    esac
-    shift
-done
-[ -f "$list" ] || { echo "error: no list ${list:-was given}; usage: sweep.sh [--jobs N] [--dry-run | --status] LIST" >&2; exit 2; }
-logs=$list.logs
+state() {  # of a line, by its number
+    local line=${lines[$1 - 1]} dir='' code=''
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && return
+    [[ $line =~ \ --runs-dir\ ([^\ ]+) ]] && dir=${BASH_REMATCH[1]}
+    [[ $line =~ \ --run-name\ ([^\ ]+) ]] && dir=$dir/${BASH_REMATCH[1]}
+    [ -e "$logs/$1.code" ] && read -r code < "$logs/$1.code"
+    if [ "$code" = 0 ]; then echo "done $1"
+    elif [ -e "$dir/config.json" ] && [[ $(< "$dir/config.json") != *'"finished": 0'* ]]; then echo "done $1"
+    elif [ -e "$dir/lock" ] && ! flock --shared --nonblock "$dir/lock" true; then echo "running $1"
+    elif [ -n "$code" ] && [ "$code" != 75 ]; then echo "failed $1"
+    else echo "todo $1"; fi
+}
+look() { states=$(for i in "${!lines[@]}"; do state $((i + 1)); done); }
+those() { grep -E "^($1) " <<< "$states" | cut -d' ' -f2; }
+count() { those "$1" | wc -l; }
+summary() { echo "$(count done) done, $(count running) running, $(count failed) failed, $(count todo) to do"; }
+
 GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
 export GPUS
+[ -n "$jobs" ] || jobs=$([ "$GPUS" = 0 ] && env -u OMP_NUM_THREADS nproc || echo "$GPUS")
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs must be a number from 1, not $jobs"
 [ "$GPUS" = 0 ] && export OMP_NUM_THREADS=1
-[ -n "$jobs" ] || jobs=$([ "$GPUS" = 0 ] && nproc || echo "$GPUS")
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: --jobs must be a number from 1, not $jobs" >&2; exit 2; }
 
-states=$(for number in $(seq "$(wc -l < "$list")"); do echo "$(state "$number") $number"; done)
-count() { grep -c "^$1 " <<< "$states"; }
-summary() { echo "$(count done) done, $(count running) running, $(count failed) failed, $(count todo) to do, of $(wc -l < "$list")"; }
-left=$(grep -E '^(failed|todo) ' <<< "$states" | cut -d' ' -f2)
-
+look
 case $action in
     status) summary; exit 0 ;;
     dry-run)
-        for number in $left; do sed -n "${number}p" "$list"; done
+        for i in $(those "failed|todo"); do echo "${lines[i - 1]}"; done
         echo "$(summary); $jobs at a time, $GPUS GPUs" >&2
         exit 0 ;;
 esac
 
-mkdir -p "$logs"
+mkdir -p "$logs" && exec 9> "$logs/lock" || fail "cannot write to $logs"
+flock --nonblock 9 || fail "$list is run by another sweep, or $logs is where files cannot be locked"
 rm -f "$logs"/*.code
-exec 9> "$logs/lock"
-flock --nonblock --shared 9  # every run holds it too
-stopped=
-trap 'stopped=yes' INT TERM
-xargs --max-procs="$jobs" --process-slot-var=SLOT --replace bash "$0" --line "$list" {} <<< "$left"
-exec 9>&-
-until flock "$logs/lock" true; do :; done  # after Ctrl-C xargs is gone, and the runs save
-trap - INT TERM
-states=$(for number in $(seq "$(wc -l < "$list")"); do echo "$(state "$number") $number"; done)
-for number in $(grep '^failed ' <<< "$states" | cut -d' ' -f2); do
-    echo "line $number failed ($(< "$logs/$number.code")): $(sed -n "${number}p" "$list")"
-    echo "    $(tail -n 1 "$logs/$number.log")"
+stopped='' left=$(those "failed|todo")
+if [ -n "$left" ]; then
+    set -m  # the runs get a process group, to which signals are passed on
+    xargs --max-procs="$jobs" --process-slot-var=SLOT --replace bash "$0" --line {} "$list" <<< "$left" 9>&- &
+    trap 'stopped=yes; kill -INT -- -$! 2> /dev/null' INT TERM
+    while kill -0 -- -$! 2> /dev/null; do wait $! || sleep 0.2; done  # xargs goes at once, the runs save
+    trap - INT TERM
+fi
+look
+for i in $(those failed); do
+    echo "line $i failed ($(< "$logs/$i.code")): ${lines[i - 1]}"
+    echo "    $(grep '[[:alpha:]]' "$logs/$i.log" | tail -n 1)"
 done
 summary
 [ "$(count failed)" = 0 ] || exit 1

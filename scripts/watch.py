@@ -115,5 +115,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with dqn_softmoe.one_line_errors(OSError, ValueError, RuntimeError):
+    with dqn_softmoe.one_line_errors(Exception):
         main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))

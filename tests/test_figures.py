@@ -84,6 +84,8 @@ def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path):
         assert words in said
     assert "Breakout der softmoe 4 augment=True: no seed 1, 2" in said
     assert run("collect", going_on, "-o", tmp_path / "none.csv").returncode == 2
+    (going_on / "config.json").write_text("{")
+    assert f"{going_on}: damaged" in " ".join(run("collect", der, going_on, "-o", tmp_path / "r.csv").stdout.split())
     assert not (tmp_path / "none.csv").exists()
 
 
@@ -107,6 +109,34 @@ def test_plot_draws_the_numbers_of_the_table(runs, tmp_path):
         scores = [score for key, score in last.items() if key[:2] == (layer, experts.removeprefix("x"))]
         assert float(row["share"]) == pytest.approx(np.mean([score > float(row["tau"]) for score in scores]))
     assert run("plot", tmp_path / "nothing.csv").returncode == 2
+
+
+def test_collect_tells_both_losses_of_the_offline_agent_and_shorter_runs_apart(tmp_path):
+    cql, found = importlib.import_module("cql_softmoe"), []
+    for i, given in enumerate(({}, {"distributional": False}, {"total_updates": 90})):
+        found.append(tmp_path / str(i))
+        found[-1].mkdir()
+        args = asdict(cql.Args(**given))
+        config = {"script": "cql_softmoe.py", "args": args, "finished": args["total_updates"]}
+        (found[-1] / "config.json").write_text(json.dumps(config))
+        (found[-1] / "metrics.csv").write_text("iteration,updates,mean_return\n0,62500,3.5\n")
+    assert run("collect", *found, "-o", tmp_path / "results.csv").stdout.startswith("3 runs, 3 rows")
+    rows = read_csv(tmp_path / "results.csv")
+    assert [row["setting"] for row in rows] == ["", "distributional=False", "total_updates=90"]
+    assert {(row["step"], row["frames"]) for row in rows} == {("62500", "")}
+
+
+def test_plot_does_without_human_scores_and_with_unequal_seeds(tmp_path):
+    header = "game,agent,layer,experts,setting,seed,iteration,step,frames,score,normalized\n"
+    (tmp_path / "raw.csv").write_text(f"{header}Pooyan,dqn,dense,1,,1,0,250000,1000000,5.0,\n")
+    done = run("plot", tmp_path / "raw.csv", "-o", tmp_path / "raw")
+    assert done.returncode == 0 and "no aggregates" in done.stdout and (tmp_path / "raw" / "curves.png").exists()
+    rows = [f"{game},dqn,dense,1,,{seed},0,250000,1000000,5.0,40.0\n" for game in ("A", "B") for seed in (1, 2)]
+    (tmp_path / "some.csv").write_text(header + "".join(rows) + "A,dqn,dense,1,,3,0,250000,1000000,5.0,40.0\n")
+    done = run("plot", tmp_path / "some.csv", "-o", tmp_path / "some", "--repetitions", "20")
+    assert "2 games, seeds [1, 2]; 1 games' seeds left out" in done.stdout, done.stderr
+    (tmp_path / "empty.csv").write_text(header)
+    assert run("plot", tmp_path / "empty.csv").returncode == 2
 
 
 def test_the_authors_curves_are_those_that_are_shipped():
@@ -222,4 +252,9 @@ def test_scores_of_games_have_their_sources():
     with open(ROOT / "scripts" / "atari_scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 62 and all(row["source"] for row in rows)
+    games = subprocess.run(
+        ["bash", "-c", ". scripts/lines.sh; echo $games60 $games26 $games17"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    without = {"AirRaid", "Carnival", "ElevatorAction", "JourneyEscape", "Pooyan"}
+    assert set(games) - {row["game"] for row in rows if row["human"]} == without
     assert set(evaluate.__dict__) >= {"load"}

@@ -45,7 +45,9 @@ def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
     assert len(lines) == 26 * 5 * 3 and not any("--total" in line for line in lines)
     one = {"GAMES": "Pong", "SEEDS": "3", "FLAGS": "--eval-episodes 7", "RUNS_DIR": "elsewhere"}
     line = shell(ROOT / "scripts" / "fig12_low_data.sh", **one).stdout.splitlines()[0]
-    assert "--eval-episodes 7" in line and "--runs-dir elsewhere --run-name Pong__der__" in line and "-7__seed3" in line
+    assert (
+        "--eval-episodes 7" in line and "--runs-dir elsewhere --run-name Pong__der__" in line and "-7__seed3 " in line
+    )
     assert len(shell(ROOT / "scripts" / "fig1_experts.sh").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
 
 
@@ -70,21 +72,45 @@ def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path
     run = sweep(400)
     lines = (tmp_path / "list.txt").read_text()
     (tmp_path / "list.txt").write_text(lines + lines.splitlines()[0].replace("run1", "run3") + " --num-experts 0\n")
-    assert run("--status").stdout == "0 done, 0 running, 0 failed, 3 to do, of 3\n"
+    assert run("--status").stdout == "0 done, 0 running, 0 failed, 3 to do\n"
     dry = run("--dry-run")
     assert dry.stdout.splitlines() == (tmp_path / "list.txt").read_text().splitlines() and "2 at a time" in dry.stderr
     done = run()
     assert done.returncode == 1, done
     failed, why, summary = done.stdout.splitlines()
     assert failed.startswith("line 3 failed (2): python ") and "--num-experts must be" in why
-    assert summary == "2 done, 0 running, 1 failed, 0 to do, of 3"
+    assert summary == "2 done, 0 running, 1 failed, 0 to do"
     (tmp_path / "list.txt").write_text(lines)  # the mistake is mended
     before = [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
     assert run().returncode == 0 and "2 done" in run("--status").stdout
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
 
 
-def test_ctrl_c_reaches_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path):
+def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
+    (tmp_path / "any.list").write_bytes(b"# two commands\r\n\r\ntrue\r\necho last > said")  # no newline at the end
+    run = [ROOT / "scripts" / "sweep.sh", tmp_path / "any.list"]
+    done = shell(*run, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "2 done, 0 running, 0 failed, 0 to do\n"), done
+    assert (tmp_path / "said").read_text() == "last\n"
+    (tmp_path / "any.list").write_text("sleep 5\n")
+    other = subprocess.Popen(run, cwd=tmp_path, env=os.environ | {"PATH": PATH}, stdout=subprocess.DEVNULL)
+    time.sleep(1)
+    second = shell(*run, cwd=tmp_path)
+    assert second.returncode == 2 and "another sweep" in second.stderr
+    assert other.wait() == 0
+
+
+@pytest.mark.parametrize("number", ["3", ""])
+def test_a_job_without_its_line_fails(tmp_path, number):
+    (tmp_path / "a.list").write_text("true\ntrue\n")
+    done = shell(
+        "bash", ROOT / "scripts" / "sweep.sbatch", LIST=f"{tmp_path}/a.list", SLURM_ARRAY_TASK_ID=number or "1x"
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: no line")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path, number):
     run = sweep(60_000, flags="--checkpoint-every 400")
     command = [ROOT / "scripts" / "sweep.sh", "--jobs", "2", tmp_path / "list.txt"]
     settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -101,7 +127,7 @@ def test_ctrl_c_reaches_the_runs_and_the_list_goes_on_from_their_checkpoints(swe
     while len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert "2 running" in run("--status").stdout
-    os.killpg(started.pid, signal.SIGINT)
+    os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
     stdout, _ = started.communicate(timeout=60)
     assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
     reached = [checkpoint(path)["progress"]["global_step"] for path in (tmp_path / "runs").iterdir()]
@@ -111,7 +137,9 @@ def test_ctrl_c_reaches_the_runs_and_the_list_goes_on_from_their_checkpoints(swe
     assert "2 done" in run("--status").stdout
 
 
-@pytest.mark.parametrize("given", [["no-list"], ["--jobs", "none", "list.txt"], []])
+@pytest.mark.parametrize(
+    "given", [["no-list"], ["--jobs", "none", "list.txt"], [], ["--stauts", "list.txt"], ["list.txt"] * 2]
+)
 def test_what_cannot_be_swept_is_one_line(tmp_path, given):
     (tmp_path / "list.txt").write_text("true\n")
     done = shell(ROOT / "scripts" / "sweep.sh", *given, cwd=tmp_path)
