@@ -247,7 +247,7 @@ def make_data(options: Options, folder: Path) -> Path:
     """A log of random play, for the offline agent."""
     flags = "--total-timesteps 4000 --encoder nature --layer dense --buffer-size 10000 --no-cuda --eval-episodes 0"
     command = [sys.executable, ROOT / "dqn_softmoe.py", *flags.split(), "--save-replay", "--env-id", options.env_id]
-    subprocess.run([*command, "--runs-dir", folder, "--run-name", "data"], check=True, capture_output=True)
+    subprocess.run([*command, "--runs-dir", folder, "--run-name", "data"], capture_output=True)
     return folder / "data"
 
 
@@ -322,6 +322,9 @@ def picture(done: list[Case], title: str, path: Path) -> None:
 
 
 def main(options: Options) -> int:
+    if min(options.turns, options.updates) < 1 or options.output.is_file():
+        print("error: --turns and --updates must be at least 1, --output a folder", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         todo = run(options, Path(folder))
     done, where = [case for case in todo if case.rates and case.parts], machine(options)

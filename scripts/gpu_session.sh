@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in about 25 minutes, the most telling first; a stage that fails does not stop the next.
+# What only a GPU can show, in about 25 minutes, the most telling first; a stage that fails does not stop the next, but
+# the exit code is 1 then.
 #
 #   scripts/gpu_session.sh [--quick] [tests] [graphs] [benchmark] [dqn] [der]      (no names: all)
 #
@@ -10,9 +11,14 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu_session}
 mkdir -p "$out"
-quick=
-if [ "${1:-}" = --quick ]; then quick=--quick; shift; fi
-stages=${*:-tests graphs benchmark dqn der}
+quick='' stages='' failed=0
+for word in "$@"; do
+    case $word in
+        --quick) quick=$word ;;
+        tests | graphs | benchmark | dqn | der) stages="$stages $word" ;;
+        *) echo "error: no stage is called $word" >&2; exit 2 ;;
+    esac
+done
 export OMP_NUM_THREADS=1
 jobs=$(python -c 'import os, torch; print(16 if torch.cuda.is_available() else os.cpu_count())')
 games="Breakout Pong Qbert Seaquest"
@@ -20,7 +26,9 @@ games="Breakout Pong Qbert Seaquest"
 stage() {  # name, command
     local start=$SECONDS
     "${@:2}" > "$out/$1.log" 2>&1
-    echo "$1: exit code $?, $((SECONDS - start)) s" | tee -a "$out/status.txt"
+    local code=$?
+    [ $code = 0 ] || failed=1
+    echo "$1: exit code $code, $((SECONDS - start)) s" | tee -a "$out/status.txt"
 }
 
 runs() {  # script, flags, "layer game" lines on stdin: side by side, a log each
@@ -43,12 +51,12 @@ der() {
         runs der_softmoe.py "${quick:+$short}"
 }
 
-for name in $stages; do
+for name in ${stages:-tests graphs benchmark dqn der}; do
     case $name in
         tests) stage tests pytest -m cuda -k "not graph" ;;
         graphs) stage graphs pytest -m cuda -k graph ;;
         benchmark) stage benchmark python scripts/benchmark.py $quick --output "$out/benchmark" ;;
         dqn | der) stage "$name" "$name" ;;
-        *) echo "error: no stage is called $name" >&2; exit 2 ;;
     esac
 done
+exit $failed
