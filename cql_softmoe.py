@@ -899,7 +899,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
                {data.frames.nbytes / 1e9:.2f} GB, {"on the GPU" if data.frames.is_cuda else "mapped from the disk"}
   evaluation   {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
   network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
-  parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items())}
+  parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items() if size)}
   agent        {", ".join(components)}, alpha {args.cql_alpha:g}
   training     {args.total_updates:,} updates of {args.batch_size}
   device       {torch.cuda.get_device_name() if agent.device.type == "cuda" else threads}

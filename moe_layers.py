@@ -341,15 +341,23 @@ class ExpertChoiceMoE(Top1MoE):
     All as in `Top1MoE`, but that a token may go to several experts, or to none, and that S is at most T.
     """
 
-    def __init__(self, *sizes: int, **options):
-        super().__init__(*sizes, **options)
-        self.num_slots = min(self.num_slots, self.num_tokens)
+    def __init__(
+        self,
+        num_tokens: int,
+        token_dim: int,
+        num_experts: int,
+        hidden_dim: int = 512,
+        *,
+        capacity_factor: float = 1.0,
+        noisy: bool = False,
+    ):
+        super().__init__(num_tokens, token_dim, num_experts, hidden_dim, capacity_factor=capacity_factor, noisy=noisy)
+        self.num_slots = min(self.num_slots, num_tokens)
 
     def route(self, tokens: Tensor) -> Routing:
         logits = self.router(tokens)  # (B, T, E)
         probs = logits.softmax(dim=2)
-        ranking = probs.argsort(dim=1, descending=True, stable=True)  # (B, T, E)
-        chosen = ranking[:, : self.num_slots].transpose(1, 2)  # (B, E, S)
+        chosen = probs.argsort(dim=1, descending=True, stable=True)[:, : self.num_slots].transpose(1, 2)  # (B, E, S)
         places = torch.arange(self.num_tokens, device=tokens.device)
         dispatch_weights = (chosen[:, None] == places[:, None, None]).to(tokens.dtype)  # (B, T, E, S)
         return Routing(dispatch_weights, dispatch_weights * probs[:, :, :, None], logits, probs)

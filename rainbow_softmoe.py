@@ -971,7 +971,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
   environment  {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
   network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
-  parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items())}
+  parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items() if size)}
   Rainbow      {", ".join([f"{args.num_atoms} atoms", f"{args.n_step}-step", *components])}
   replay       {args.buffer_size:,} transitions, {frames.nbytes / 1e9:.2f} GB on the {frames.device} when full
   training     {args.total_timesteps:,} agent steps, {args.replay_ratio:g} updates of {args.batch_size} per step

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from evaluate import load
+from evaluate import load  # which puts the agents on the path
 from torch import Tensor, nn
 from tqdm import tqdm
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from evaluate import load
+from evaluate import load  # which puts the agents on the path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -35,13 +35,13 @@ class Options:
     seed: int = 1  # of game and random actions
 
 
-def looks(output, features: int) -> np.ndarray:
-    """Where experts look, (E, h, w), 1 where the most; empty where tokens have no places."""
+def looks(output, places: bool) -> np.ndarray:
+    """Where experts look, (E, h, w), 1 where the most; empty where tokens have no `places`."""
     if output is None:
         return np.zeros((0, 1, 1))
     dispatch = output.routing.dispatch_weights[0].mean(dim=2).T  # (E, T)
     side = round(dispatch.shape[1] ** 0.5)
-    if side**2 != dispatch.shape[1] or side == 1 or features:
+    if side**2 != dispatch.shape[1] or side == 1 or not places:
         return np.zeros((0, 1, 1))
     return (dispatch / dispatch.amax(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side).numpy()
 
@@ -84,7 +84,7 @@ def main(options: Options) -> None:
     ale.loadROM(ale_py.roms.get_rom_path(envs.game))
     names, writer = [action.name for action in ale.getMinimalActionSet()], None
     torch.manual_seed(options.seed)
-    pooled = args.tokenization not in ("PerConv", "PerPatch", "PerPatchAvg")
+    places = args.tokenization in ("PerConv", "PerPatch", "PerPatchAvg")
     for step in tqdm(range(options.steps), unit="step", dynamic_ncols=True):
         script.push(obs, frame, start)
         _, output = q_network(obs)
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         image = picture(
             screen.reshape(210, 160, 3),
             obs[0, -1].numpy(),
-            looks(output, pooled),
+            looks(output, places),
             q_values[0].numpy(),
             names,
             f"step {step}, return {total:g}",
