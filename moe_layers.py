@@ -338,21 +338,8 @@ class Top1MoE(nn.Module):
 class ExpertChoiceMoE(Top1MoE):
     """Sparse mixture of experts in which each expert takes the S tokens that it is most probable for (2202.09368).
 
-    All as in `Top1MoE`, but that a token may go to several experts, or to none, and that S is at most T.
+    All as in `Top1MoE`, but that a token may go to several experts, or to none, that there is no noise, and S <= T.
     """
-
-    def __init__(
-        self,
-        num_tokens: int,
-        token_dim: int,
-        num_experts: int,
-        hidden_dim: int = 512,
-        *,
-        capacity_factor: float = 1.0,
-        noisy: bool = False,
-    ):
-        super().__init__(num_tokens, token_dim, num_experts, hidden_dim, capacity_factor=capacity_factor, noisy=noisy)
-        self.num_slots = min(self.num_slots, num_tokens)
 
     def route(self, tokens: Tensor) -> Routing:
         logits = self.router(tokens)  # (B, T, E)

@@ -136,7 +136,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in options.runs if any((run / "weights").glob("*.pt"))]
+    runs = [run for run in options.runs if any((run / "weights").glob("[0-9]*.pt"))]
     for run in set(options.runs) - set(runs):
         print(f"left out: {run} has no weights/: train with --weights-every", file=sys.stderr)
     if not runs:

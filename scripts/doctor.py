@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -32,19 +31,15 @@ def say(good: bool | None, what: str, text: str) -> bool:
     return good is not False
 
 
-def check_compiler(args) -> bool:
-    compiler = next((name for name in (os.environ.get("CC", "cc"), "gcc", "clang") if shutil.which(name)), None)
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    needed = args.cuda and args.compile and torch.cuda.is_available()
-    good = compiler is not None and headers.exists()
-    return say(good if needed else None, "compiler", f"{compiler}, {headers if headers.exists() else 'no Python.h'}")
-
-
-def check_gpu(args) -> bool:
-    if not torch.cuda.is_available():
-        return say(None, "GPU", f"none; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+def check_device(args, script) -> bool:
+    try:
+        device = script.open_device(args)
+    except ValueError as error:
+        return say(False, "device", str(error))
+    if device.type == "cpu":
+        return say(None, "device", f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     free, total = torch.cuda.mem_get_info()
-    return say(True, "GPU", f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
+    return say(True, "device", f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
 
 
 def check_game(args, script) -> bool:
@@ -62,13 +57,15 @@ def check_memory(args, script) -> bool:
         return say(
             there, "data", f"{args.dataset_dir or 'no --dataset-dir'}: {'mapped from the disk' if there else 'empty'}"
         )
-    need, free = args.buffer_size * (84 * 84 + 22) / 1e9, script.free_memory() / 1e9
-    if torch.cuda.is_available() and args.replay_device == "auto":
-        free = max(free, torch.cuda.mem_get_info()[0] / 1e9)
-    return say(need < 0.9 * free, "memory", f"the replay takes {need:.1f} GB, {free:.1f} GB are free")
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    try:
+        place = script.replay_device(args, (84, 84), torch.device(device))
+        return say(True, "memory", f"the replay goes to the {place}; {script.free_memory() / 1e9:.1f} GB are free here")
+    except ValueError as error:
+        return say(False, "memory", str(error))
 
 
-def check_disk(args) -> bool:
+def check_disk(args, _) -> bool:
     runs_dir = Path(args.runs_dir).absolute()
     folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     steps = getattr(args, "total_timesteps", 0)
@@ -127,13 +124,7 @@ def main() -> int:
         args = script.parse_args()
         script.check_args(args)
     say(True, "versions", f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}")
-    good = [
-        check_gpu(args),
-        check_compiler(args),
-        check_game(args, script),
-        check_memory(args, script),
-        check_disk(args),
-    ]
+    good = [check(args, script) for check in (check_device, check_game, check_memory, check_disk)]
     good.append(all(good) and probe(script, args, 20))
     return int(not all(good))
 

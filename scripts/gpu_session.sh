@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in about 25 minutes, the most telling first; a stage that fails does not stop the next, but
-# the exit code is 1 then.
+# What only a GPU can show, the most telling first, meant for 25 minutes: no GPU has run it yet. A stage that fails does
+# not stop the next, but the exit code is 1 then.
 #
 #   scripts/gpu_session.sh [--quick] [tests] [graphs] [benchmark] [dqn] [der]      (no names: all)
 #

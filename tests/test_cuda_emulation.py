@@ -184,6 +184,8 @@ def test_fake_tensors_find(fault, fake):
 COMPILED = [("dqn_softmoe", {"layer": "top1moe", "encoder": "impala"}), ("rainbow_softmoe", {})]
 COMPILED += [("rainbow_softmoe", {"layer": "dense", "num_experts": 1, "prioritized": False})]
 COMPILED += [("der_softmoe", {"augment": True, "encoder": "impala"}), ("cql_softmoe", {"distributional": False})]
+COMPILED += [("dqn_softmoe", {"expert_variant": "big"}), ("dqn_softmoe", {"layer": "expert_choice"})]
+COMPILED += [("rainbow_softmoe", {"layer": "tokenized", "tokenization": "Shuffled"})]
 
 
 @pytest.mark.parametrize("script, settings", COMPILED)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
-    "moe_layers.py": 490,
+    "moe_layers.py": 480,
     "dqn_softmoe.py": 980,
     "rainbow_softmoe.py": 1_060,
     "der_softmoe.py": 1_075,
