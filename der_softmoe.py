@@ -435,7 +435,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
         index = self.find((draw * (total / batch_size)).minimum(total * (1 - 2**-52)))  # rounding may reach the end
         weight = self.weight.view(-1)[index]
-        return self.gather(index)._replace(importance_weights=(weight.min() / weight).sqrt().float())
+        return Batch(*self.gather(index)[:-1], importance_weights=(weight.min() / weight).sqrt().float())
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
         """Set weights from losses (B,), before importance weights, of the batch with `index` (B,).
