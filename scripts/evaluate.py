@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     if options.output:
         result = {"weights": str(weights), "episodes": len(returns), "mean_return": mean, "std_return": std}
         result |= {"epsilon": options.epsilon, "seed": options.seed, "returns": returns}
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        dqn_softmoe.write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 # every command. A game is an Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags,
 # so figures share their runs.
 
+[[ ${RUNS_DIR:-}${DATA:-} != *[[:space:]]* ]] || { echo "error: RUNS_DIR and DATA must have no spaces" >&2; exit 2; }
+
 games20="AirRaid Asterix Asteroids Bowling Breakout DemonAttack Freeway Gravitar Jamesbond MontezumaRevenge MsPacman
 Pong PrivateEye Qbert Seaquest SpaceInvaders Venture WizardOfWor YarsRevenge Zaxxon"
 games26="Alien Amidar Assault Asterix BankHeist BattleZone Boxing Breakout ChopperCommand CrazyClimber DemonAttack

@@ -214,7 +214,11 @@ def main(options: Options) -> int:
     if len(settings := {row["setting"] for row in rows}) == 1:  # names need not repeat what all share
         print(f"all methods: {settings.pop() or 'defaults'}")
         rows = [row | {"setting": ""} for row in rows]
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: no folder for the figures: {error}", file=sys.stderr)
+        return 2
     plot_curves(rows, options)
     if scores := matrices(final_scores(rows)):
         plot_experts(scores, options)

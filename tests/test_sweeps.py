@@ -144,3 +144,9 @@ def test_what_cannot_be_swept_is_one_line(tmp_path, given):
     (tmp_path / "list.txt").write_text("true\n")
     done = shell(ROOT / "scripts" / "sweep.sh", *given, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["RUNS_DIR", "DATA"])
+def test_a_folder_whose_name_would_fall_apart_is_one_line(name):
+    done = shell(ROOT / "scripts" / "fig11_offline.sh", **{name: "my runs"})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
