@@ -191,7 +191,8 @@ class QNetwork(nn.Module):
             features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
         tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
         if tokenization.startswith("PerPatch"):
-            self.tokenizer = moe.PatchTokenizer(features.shape[1], average=tokenization == "PerPatchAvg")
+            average = tokenization == "PerPatchAvg"  # else 64 channels, as the authors', for Impala's 32 too
+            self.tokenizer = moe.PatchTokenizer(features.shape[1], None if average else 64, average=average)
         elif tokenization == "Shuffled":
             self.tokenizer = moe.ShuffledTokenizer(features.shape[1:])
         else:

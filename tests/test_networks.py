@@ -1,5 +1,7 @@
 """DQN's networks and loss: the authors' numbers, explicit padding, loops."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,14 @@ def test_every_layer_and_tokenization_gives_values_and_gradients(layer, tokeniza
     assert q_values.shape == (3, 5) and (output is None or output.tokens.shape[1:] == TOKENS[tokenization])
     assert (output is None) == (layer in ("dense", "gap", "tokenized"))
     assert all(p.grad is not None for name, p in q_network.named_parameters() if name != "moe.scale")
+
+
+@pytest.mark.parametrize("script, channels", [("dqn_softmoe", 32), ("rainbow_softmoe", 64), ("der_softmoe", 64)])
+def test_patches_have_the_authors_channels(script, channels):
+    script = importlib.import_module(script)
+    for tokenization, dim in (("PerPatch", channels), ("PerPatchAvg", 32)):
+        args = script.Args(tokenization=tokenization, encoder="impala", expert_hidden_dim=8)
+        assert script.QNetwork(args, (4, 84, 84), 3).moe.token_dim == dim
 
 
 def test_the_layer_gets_its_options():
