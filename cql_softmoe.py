@@ -3,7 +3,7 @@
     python dqn_softmoe.py --env-id BreakoutNoFrameskip-v4 --save-replay       # keeps its transitions
     python cql_softmoe.py --env-id BreakoutNoFrameskip-v4 --dataset-dir runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1
 
-Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 C51 or DQN with the regulariser of CQL (Kumar et al., 2020), its dense layer replaced by a Soft MoE over the tokens of
 the encoder's feature map. Needs `moe_layers.py` beside it and nothing else of this repository.
 
@@ -183,8 +183,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        impala, big = functools.partial(impala_cnn, kernel=args.impala_filter), args.expert_variant == "big"
-        encoder = {"impala": impala, "nature": nature_cnn}[args.encoder]
+        impala = functools.partial(impala_cnn, kernel=args.impala_filter)
+        encoder = impala if args.encoder == "impala" else nature_cnn
+        big = args.expert_variant == "big"
         self.encoder = nn.Identity() if big else encoder(obs_shape[0], args.encoder_width)
         with torch.no_grad():
             features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
@@ -246,7 +247,7 @@ class Batch(NamedTuple):
     obs: Tensor  # (B, stack, H, W) uint8
     action: Tensor  # (B,) int64
     reward: Tensor  # (B,) float32: n-step return within the episode
-    discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps really taken
+    discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
     next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
     index: Tensor  # (B,) int64: place in the data
 
@@ -342,11 +343,12 @@ class Dataset(nn.Module):
     def gather(self, index: Tensor) -> Batch:
         """The transitions that start at places (B,)."""
         window = self.later(index[:, None], self.steps)  # (B, n)
-        terminated, truncated = self.terminated[window].long(), self.truncated[window].long()
-        taken = (terminated + truncated).cumsum(dim=1) - terminated == 0  # no end before, no cut yet
+        terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
+        ended = (terminated | truncated).long()
+        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
         reward = torch.where(taken, self.reward[window] * self.gammas[:-1], 0).sum(dim=1)
         num_steps = taken.sum(dim=1)
-        discount = self.gammas[num_steps] * ~(taken & terminated.bool()).any(dim=1)
+        discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
         obs, next_obs = self.observation(torch.stack([index, self.later(index, num_steps)]))
         return Batch(obs, self.action[index], reward, discount, next_obs, index)
 
@@ -696,7 +698,7 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are no bugs: one line on stderr, exit code 2."""
+    """Errors of these kinds are not bugs: one line on stderr, exit code 2."""
     try:
         yield
     except kinds as error:
@@ -801,7 +803,7 @@ MAY_CHANGE = (  # when a run goes on
 def open_run(args: Args) -> tuple[Path, dict, IO]:
     """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
     run_dir, number = run_path(args), 2
-    while args.resume is None and (run_dir / "config.json").exists():  # never a run that is there
+    while args.resume is None and (run_dir / "config.json").exists():  # never overwrite a run
         run_dir, number = run_path(args).with_name(f"{run_path(args).name}-{number}"), number + 1
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
@@ -979,7 +981,8 @@ def main(args: Args) -> None:
         except FloatingPointError:
             raise
         except Exception:  # whatever failed, the updates done so far are not lost
-            saved = update > saved_update and checkpoint()
+            if update > saved_update:
+                checkpoint()
             raise
         saved = checkpoint() if update > saved_update else saved
         log.bar.close()

@@ -207,14 +207,16 @@ def apply_experts(tokens: Tensor, routing: Routing, experts: Experts) -> MoEOutp
 
 def slots_per_expert(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
     """S = ceil(T * capacity_factor / E): an expert's slots (Soft MoE) or its capacity per sample (Top-1)."""
-    check_positive(num_tokens=num_tokens, num_experts=num_experts, capacity_factor=capacity_factor)
+    check_positive(num_tokens=num_tokens, num_experts=num_experts)
+    if not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be above 0, not {capacity_factor}")
     return math.ceil(num_tokens * capacity_factor / num_experts)
 
 
-def check_positive(**sizes: float) -> None:
+def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not (size >= 1 or name == "capacity_factor" and size > 0) or size == math.inf:
-            raise ValueError(f"{name} must be {'above 0' if name == 'capacity_factor' else 'at least 1'}, not {size}")
+        if not 1 <= size < math.inf:
+            raise ValueError(f"{name} must be at least 1, not {size}")
 
 
 # ------------------------------------------------------------------------------------------------------ MoE layers
@@ -380,7 +382,8 @@ class NoisyLinear(nn.Module):
         if not self.training:
             return mean
         draws = len(x), *[1] * (x.dim() - 2)  # the tokens of a sample share theirs
-        p, q = (signed_sqrt(torch.randn(*draws, y.shape[-1], device=x.device, dtype=x.dtype)) for y in (x, mean))
+        p = signed_sqrt(torch.randn(*draws, x.shape[-1], device=x.device, dtype=x.dtype))
+        q = signed_sqrt(torch.randn(*draws, mean.shape[-1], device=x.device, dtype=x.dtype))
         return mean + F.linear(x * p, self.weight_sigma, self.bias_sigma) * q
 
 

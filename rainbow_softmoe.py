@@ -2,7 +2,7 @@
 
     python rainbow_softmoe.py --num-experts 4 --env-id BreakoutNoFrameskip-v4
 
-Reproduces "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
+Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 C51 with dueling heads, double selection, noisy layers, n-step returns and prioritised replay, its dense layer replaced
 by a Soft MoE over the tokens of the encoder's feature map; see `diff dqn_softmoe.py rainbow_softmoe.py`.
 Needs `moe_layers.py` beside it and nothing else of this repository.
@@ -12,7 +12,7 @@ Differs from the authors' code (google/dopamine, labs/moes) on purpose:
   see the newest four transitions. Every update still follows exactly four steps of one policy.
 - A checkpoint cuts the running episodes because emulators cannot be saved; their returns are not counted.
 - The last step of an episode that was cut, by the frame limit or a checkpoint, is not learned from, and the steps
-  before it bootstrap from its frame: a cut is no end.
+  before it bootstrap from its frame: truncation is not termination.
 - Evaluation is without noise everywhere; the authors' experts stay noisy in it. The two heads draw their noise apart.
 """
 
@@ -184,8 +184,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        impala, big = functools.partial(impala_cnn, kernel=args.impala_filter), args.expert_variant == "big"
-        encoder = {"impala": impala, "nature": nature_cnn}[args.encoder]
+        impala = functools.partial(impala_cnn, kernel=args.impala_filter)
+        encoder = impala if args.encoder == "impala" else nature_cnn
+        big = args.expert_variant == "big"
         self.encoder = nn.Identity() if big else encoder(obs_shape[0], args.encoder_width)
         with torch.no_grad():
             features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
@@ -243,7 +244,7 @@ class Batch(NamedTuple):
     obs: Tensor  # (B, stack, H, W) uint8
     action: Tensor  # (B,) int64
     reward: Tensor  # (B,) float32: n-step return within the episode
-    discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps really taken
+    discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
     next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
     index: Tensor  # (B,) int64: place in the replay
     importance_weights: Tensor | float = 1.0  # (B,) float32, or one for all
@@ -371,11 +372,12 @@ class ReplayBuffer(nn.Module):
     def gather(self, index: Tensor) -> Batch:
         """The transitions that start at places (B,)."""
         window = self.later(index[:, None], self.steps)  # (B, n)
-        terminated, truncated = self.terminated[window].long(), self.truncated[window].long()
-        taken = (terminated + truncated).cumsum(dim=1) - terminated == 0  # no end before, no cut yet
+        terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
+        ended = (terminated | truncated).long()
+        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
         reward = torch.where(taken, self.reward[window] * self.gammas[:-1], 0).sum(dim=1)
         num_steps = taken.sum(dim=1)
-        discount = self.gammas[num_steps] * ~(taken & terminated.bool()).any(dim=1)
+        discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
         obs, next_obs = self.observation(torch.stack([index, self.later(index, num_steps)]))
         return Batch(obs, self.action[index], reward, discount, next_obs, index)
 
@@ -392,7 +394,7 @@ class ReplayBuffer(nn.Module):
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was written, on the host; through NumPy, for a tensor's slice would be saved with all of its memory."""
+        """What was written, on the host; through NumPy, because torch.save would write a slice's whole storage."""
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
@@ -454,7 +456,7 @@ def free_memory() -> float:
 
 def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
     """Where the replay goes: on the GPU if it fits, else in host memory; ValueError if in neither."""
-    need = args.buffer_size * (math.prod(frame_shape) + 22)
+    need = args.buffer_size * (math.prod(frame_shape) + 8 + 4 + 2 + 8)  # frame, action, reward, ends, weight
     if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return device
     if need > 0.9 * (free := free_memory()):  # the process itself needs some
@@ -736,7 +738,7 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are no bugs: one line on stderr, exit code 2."""
+    """Errors of these kinds are not bugs: one line on stderr, exit code 2."""
     try:
         yield
     except kinds as error:
@@ -843,7 +845,7 @@ MAY_CHANGE = (  # when a run goes on
 def open_run(args: Args) -> tuple[Path, dict, IO]:
     """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
     run_dir, number = run_path(args), 2
-    while args.resume is None and (run_dir / "config.json").exists():  # never a run that is there
+    while args.resume is None and (run_dir / "config.json").exists():  # never overwrite a run
         run_dir, number = run_path(args).with_name(f"{run_path(args).name}-{number}"), number + 1
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
@@ -878,7 +880,7 @@ class ReplayLog:
 
     def __init__(self, folder: Path, args: Args, envs: Environments, global_step: int):
         self.folder, self.written, self.thread = folder, global_step, ThreadPoolExecutor(max_workers=1)
-        self.pending = self.thread.submit(int)
+        self.pending = self.thread.submit(int)  # nothing, so that there is always one to wait for
         self.every = min(SEGMENT_STEPS, args.buffer_size) // args.num_envs * args.num_envs
         for path in folder.glob("[0-9]" * 12 + ".npz"):
             if int(path.stem) >= global_step:
@@ -1084,7 +1086,8 @@ def main(args: Args) -> None:
         except FloatingPointError:
             raise
         except Exception:  # whatever failed, the rounds done so far are not lost
-            saved = global_step > cut_step and checkpoint()
+            if global_step > cut_step:
+                checkpoint()
             raise
         saved = checkpoint() if global_step > cut_step else saved
         log.bar.close()

@@ -5,14 +5,14 @@
 A row is an iteration of a run: game, agent, layer, experts, the other flags that are not the script's defaults, seed,
 iteration ("eval": the evaluation after training), agent step (offline: update), frames, raw score, human-normalised
 score in % (0 is random play; empty where nobody published a human score). What is left out is listed: runs that are not
-finished (--unfinished takes them) and second runs of a seed; and so are the seeds that a game lacks.
+finished (--unfinished takes them) and second runs of a seed; and so are the seeds that an agent's game and method lack.
 """
 
 import csv
 import importlib
+import itertools
 import json
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +52,7 @@ def rows_of(run: Path, human: dict) -> tuple[list[dict], bool]:
     args, script = config["args"], importlib.import_module(Path(config["script"]).stem)
     default = script.Args(**{name: args[name] for name in ("layer", "distributional") if name in args})
     names = [f.name for f in fields(default) if f.name not in NO_SETTING]
-    changed = {name: args[name] for name in names if args.get(name) != getattr(default, name)}
+    changed = {name: args[name] for name in names if name in args and args[name] != getattr(default, name)}
     offline, length = "total_updates" in args, "total_updates" if "total_updates" in args else "total_timesteps"
     if args.get("distributional") is False:
         changed["distributional"] = False
@@ -76,10 +76,11 @@ def rows_of(run: Path, human: dict) -> tuple[list[dict], bool]:
     if (run / "eval.json").exists():
         result = json.loads((run / "eval.json").read_text())
         add("eval", result["global_step"], result["mean_return"])
-    return found, config["finished"] >= args[length]
+    return found, config.get("finished", 0) >= args[length]
 
 
 def main(options: Options) -> int:
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     human, rows, left_out, seen = human_scores(), [], [], {}
     for run in options.runs:
         if not (run / "config.json").exists() or not (run / "metrics.csv").exists():
@@ -109,13 +110,12 @@ def main(options: Options) -> int:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    seeds = defaultdict(set)
-    for *group, seed in seen:
-        seeds[tuple(group)].add(seed)
-    every = set().union(*seeds.values())
-    for group, those in seeds.items():
-        if those != every:
-            left_out.append(f"{' '.join(map(str, group))}: no seed {', '.join(map(str, sorted(every - those)))}")
+    for agent in sorted({key[1] for key in seen}):
+        runs = {(game, tuple(method), seed) for game, name, *method, seed in seen if name == agent}
+        games, methods, seeds = (sorted({run[i] for run in runs}) for i in range(3))
+        for game, method in itertools.product(games, methods):
+            if missing := [str(seed) for seed in seeds if (game, method, seed) not in runs]:
+                left_out.append(f"{game} {agent} {' '.join(map(str, method))}: no seed {', '.join(missing)}")
     print(f"{len(seen)} runs, {len(rows)} rows in {options.output}", *left_out, sep="\n    ")
     return 0
 

@@ -4,6 +4,7 @@
 # every command. A game is an Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags,
 # so figures share their runs.
 
+case ${1:-} in -h | --help) sed -n '/^# /s///p' "$0" "${BASH_SOURCE[0]}"; exit 0 ;; esac
 [[ ${RUNS_DIR:-}${DATA:-} != *[[:space:]]* ]] || { echo "error: RUNS_DIR and DATA must have no spaces" >&2; exit 2; }
 
 games20="AirRaid Asterix Asteroids Bowling Breakout DemonAttack Freeway Gravitar Jamesbond MontezumaRevenge MsPacman
@@ -26,7 +27,7 @@ lines() {  # agent, games, flags: a command per game and seed
     shift 2
     local flags="$*${FLAGS:+ $FLAGS}"
     local name=${flags//--/}${STEPS:+ steps $STEPS}
-    name=$(sed -E 's/ ?weights-every [0-9]+//; s/ /-/g' <<< "$name")  # which makes no other run
+    name=${name//[ \/]/-}
     for game in $games; do
         local env_id=$game data=
         [[ $game == *-v* ]] || env_id=${game}NoFrameskip-v4

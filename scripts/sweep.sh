@@ -4,9 +4,10 @@
 #   scripts/fig12_low_data.sh > fig12.list
 #   scripts/sweep.sh [--jobs N] [--dry-run | --status] fig12.list
 #
-# Jobs at a time: one per GPU (--jobs 4 on 2 GPUs: two on each), without a GPU one per core, of one thread each. Output
-# goes to fig12.list.logs/<line>.log. Ctrl-C and SIGTERM reach the runs, which save a checkpoint; lines that fail are
-# named with the end of their log. Exit code: 0 all finished, 1 a line failed, 75 some were stopped.
+# Jobs at a time: one per GPU, of CUDA_VISIBLE_DEVICES if that is set (--jobs 4 on 2 GPUs: two on each); without a GPU
+# one per core, of one thread each. Output goes to fig12.list.logs/<line>.log. Ctrl-C and SIGTERM reach the runs, which
+# save a checkpoint; lines that fail are named with the end of their log. Exit code: 0 all finished, 1 a line failed, 75
+# some were stopped.
 
 set -uo pipefail
 fail() { echo "error: $1" >&2; exit 2; }
@@ -29,20 +30,23 @@ lines=("${lines[@]%$'\r'}")
 logs=$list.logs
 
 if [ -n "$number" ]; then
-    [ "$GPUS" = 0 ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
+    gpus=($GPUS)
+    [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     bash -c "${lines[number - 1]}" > "$logs/$number.log" 2>&1
-    echo $? > "$logs/$number.code"
+    printf '%s\n' $? "${lines[number - 1]}" > "$logs/$number.code"
     exit 0
 fi
 
 state() {  # of a line, by its number
-    local line=${lines[$1 - 1]} dir='' code=''
+    local line=${lines[$1 - 1]} runs=runs dir='' code='' of='' wanted=1 finished=0
     [[ $line =~ ^[[:space:]]*(#|$) ]] && return
-    [[ $line =~ \ --runs-dir\ ([^\ ]+) ]] && dir=${BASH_REMATCH[1]}
-    [[ $line =~ \ --run-name\ ([^\ ]+) ]] && dir=$dir/${BASH_REMATCH[1]}
-    [ -e "$logs/$1.code" ] && read -r code < "$logs/$1.code"
-    if [ "$code" = 0 ]; then echo "done $1"
-    elif [ -e "$dir/config.json" ] && [[ $(< "$dir/config.json") != *'"finished": 0'* ]]; then echo "done $1"
+    [[ $line =~ \ --runs-dir\ ([^\ ]+) ]] && runs=${BASH_REMATCH[1]}
+    [[ $line =~ \ --run-name\ ([^\ ]+) ]] && dir=$runs/${BASH_REMATCH[1]}
+    [[ $line =~ \ --total-(timesteps|updates)\ ([0-9]+) ]] && wanted=${BASH_REMATCH[2]}
+    [ -e "$dir/config.json" ] && [[ $(< "$dir/config.json") =~ \"finished\":\ ([0-9]+) ]] && finished=${BASH_REMATCH[1]}
+    [ -e "$logs/$1.code" ] && { read -r code; IFS= read -r of; } < "$logs/$1.code"
+    [ "$of" = "$line" ] || code=''  # the list was another then
+    if [ "$finished" -ge "$wanted" ] || [ "$dir$code" = 0 ]; then echo "done $1"
     elif [ -e "$dir/lock" ] && ! flock --shared --nonblock "$dir/lock" true; then echo "running $1"
     elif [ -n "$code" ] && [ "$code" != 75 ]; then echo "failed $1"
     else echo "todo $1"; fi
@@ -52,25 +56,27 @@ those() { grep -E "^($1) " <<< "$states" | cut -d' ' -f2; }
 count() { those "$1" | wc -l; }
 summary() { echo "$(count done) done, $(count running) running, $(count failed) failed, $(count todo) to do"; }
 
-GPUS=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
-export GPUS
-[ -n "$jobs" ] || jobs=$([ "$GPUS" = 0 ] && env -u OMP_NUM_THREADS nproc || echo "$GPUS")
+GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
+[ -z "$GPUS" ] || GPUS=${CUDA_VISIBLE_DEVICES-$GPUS}
+gpus=(${GPUS//,/ })
+export GPUS="${gpus[*]}"
+[ -n "$jobs" ] || jobs=$([ -z "$GPUS" ] && env -u OMP_NUM_THREADS nproc || echo ${#gpus[@]})
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs must be a number from 1, not $jobs"
-[ "$GPUS" = 0 ] && export OMP_NUM_THREADS=1
+[ -n "$GPUS" ] || export OMP_NUM_THREADS=1
 
 look
 case $action in
     status) summary; exit 0 ;;
     dry-run)
         for i in $(those "failed|todo"); do echo "${lines[i - 1]}"; done
-        echo "$(summary); $jobs at a time, $GPUS GPUs" >&2
+        echo "$(summary); $jobs at a time, ${#gpus[@]} GPUs" >&2
         exit 0 ;;
 esac
 
 mkdir -p "$logs" && exec 9> "$logs/lock" || fail "cannot write to $logs"
 flock --nonblock 9 || fail "$list is run by another sweep, or $logs is where files cannot be locked"
-rm -f "$logs"/*.code
 stopped='' left=$(those "failed|todo")
+for i in $left; do rm -f "$logs/$i.code"; done
 if [ -n "$left" ]; then
     set -m  # the runs get a process group, to which signals are passed on
     xargs --max-procs="$jobs" --process-slot-var=SLOT --replace bash "$0" --line {} "$list" <<< "$left" 9>&- &
@@ -80,7 +86,7 @@ if [ -n "$left" ]; then
 fi
 look
 for i in $(those failed); do
-    echo "line $i failed ($(< "$logs/$i.code")): ${lines[i - 1]}"
+    echo "line $i failed ($(head -n 1 "$logs/$i.code")): ${lines[i - 1]}"
     echo "    $(grep '[[:alpha:]]' "$logs/$i.log" | tail -n 1)"
 done
 summary

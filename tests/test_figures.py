@@ -82,7 +82,9 @@ def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path):
     said = " ".join(done.stdout.split())
     for words in (f"{twice}: the same as {runs[0]}", f"{going_on}: not finished", f"{more}: no run directory"):
         assert words in said
-    assert "Breakout der softmoe 4 augment=True: no seed 1, 2" in said
+    assert "Breakout dqn softmoe 8 : no seed 1, 2" in said and "der softmoe" not in said  # an agent has its own seeds
+    said = " ".join(run("collect", *runs[3:], "-o", tmp_path / "new" / "results.csv").stdout.split())
+    assert "Breakout dqn dense 1 encoder=nature: no seed 1, 2 Pong dqn dense 1 encoder=nature: no seed 1" in said
     assert run("collect", going_on, "-o", tmp_path / "none.csv").returncode == 2
     (going_on / "config.json").write_text("{")
     assert f"{going_on}: damaged" in " ".join(run("collect", der, going_on, "-o", tmp_path / "r.csv").stdout.split())

@@ -3,6 +3,7 @@
 import importlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
 
 def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
     lines = shell(ROOT / "scripts" / "fig12_low_data.sh").stdout.splitlines()
-    assert len(lines) == 26 * 5 * 3 and not any("--total" in line for line in lines)
+    assert len(lines) == 26 * 5 * 5 and not any("--total" in line for line in lines)
     one = {"GAMES": "Pong", "SEEDS": "3", "FLAGS": "--eval-episodes 7", "RUNS_DIR": "elsewhere"}
     line = shell(ROOT / "scripts" / "fig12_low_data.sh", **one).stdout.splitlines()[0]
     assert (
@@ -84,6 +85,7 @@ def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path
     before = [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
     assert run().returncode == 0 and "2 done" in run("--status").stdout
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
+    assert "0 done" in sweep(800)("--status").stdout  # a longer list goes on with them
 
 
 def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
@@ -92,6 +94,11 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     done = shell(*run, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "2 done, 0 running, 0 failed, 0 to do\n"), done
     assert (tmp_path / "said").read_text() == "last\n"
+    (tmp_path / "said").unlink()
+    assert shell(*run, cwd=tmp_path).returncode == 0 and not (tmp_path / "said").exists()  # it is done
+    (tmp_path / "any.list").write_text("true\ntrue\ntrue\necho another list > said\n")
+    assert shell(*run, "--status", cwd=tmp_path).stdout == "1 done, 0 running, 0 failed, 3 to do\n"
+    assert shell(*run, cwd=tmp_path).returncode == 0 and (tmp_path / "said").read_text() == "another list\n"
     (tmp_path / "any.list").write_text("sleep 5\n")
     other = subprocess.Popen(run, cwd=tmp_path, env=os.environ | {"PATH": PATH}, stdout=subprocess.DEVNULL)
     time.sleep(1)
@@ -100,13 +107,22 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     assert other.wait() == 0
 
 
+def test_each_slot_has_a_gpu_of_those_that_may_be_used(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    (tmp_path / "any.list").write_text("".join(f"echo $CUDA_VISIBLE_DEVICES > said{i}; sleep 1\n" for i in range(4)))
+    for given, expected in (({"CUDA_VISIBLE_DEVICES": "2,0"}, "0022"), ({"CUDA_VISIBLE_DEVICES": ""}, "\n")):
+        done = shell(ROOT / "scripts" / "sweep.sh", tmp_path / "any.list", PATH=f"{tmp_path}:{PATH}", **given)
+        assert done.returncode == 0, done
+        assert "".join(sorted((tmp_path / f"said{i}").read_text().strip() for i in range(4))) == expected.strip()
+        shutil.rmtree(tmp_path / "any.list.logs")
+
+
 @pytest.mark.parametrize("number", ["3", ""])
 def test_a_job_without_its_line_fails(tmp_path, number):
     (tmp_path / "a.list").write_text("true\ntrue\n")
-    done = shell(
-        "bash", ROOT / "scripts" / "sweep.sbatch", LIST=f"{tmp_path}/a.list", SLURM_ARRAY_TASK_ID=number or "1x"
-    )
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: no line")
+    done = shell("bash", ROOT / "scripts" / "sweep.sbatch", LIST=f"{tmp_path}/a.list", SLURM_ARRAY_TASK_ID=number)
+    assert done.returncode == 2 and done.stderr.startswith("error: no line") and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
