@@ -1,34 +1,44 @@
-"""Scores to figures: IQM over experts, learning curves, performance profiles, probability of improvement.
+"""Scores to figures: IQM by method and by experts, learning curves, performance profiles, probability of improvement.
 
     python scripts/plot.py results.csv -o figures
 
-Reads what collect.py writes. A method is an agent, layer, number of experts and setting. Makes experts, curves,
-profiles and improvement, each as PNG and PDF of a column's width, readable in grey, with its numbers as CSV. Aggregates
-are those of rliable (Agarwal et al., 2021) over human-normalised scores: interquartile mean, intervals that hold 95% of
-a bootstrap stratified by game. A run's score is its evaluation after training in DER, its last iteration in the others.
-Only games and seeds that all methods of an agent have count; which ones is said. The authors' published curves (dense
-networks, Breakout and Pong, five seeds: minimum to maximum) are a band beside ours.
+Reads what collect.py writes. A method is a layer, its number of experts and a setting. Makes <agent>_methods,
+_experts, _curves, _profiles and _improvement, each as PNG and PDF, readable in grey, with its numbers as CSV.
+Aggregates are those of rliable (Agarwal et al., 2021) over human-normalised scores: interquartile mean, intervals that
+hold 95% of a bootstrap stratified by game. A run's score is its evaluation after training in DER, its last iteration in
+the others. Only games and seeds that all methods of an agent have count; which ones is said. The authors' published
+curves (dense networks, Breakout and Pong, five seeds: minimum to maximum) are a band beside ours.
 """
 
 import csv
+import importlib
 import itertools
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import tyro
+from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from rliable import library, metrics
+try:
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from rliable import library, metrics
+except ImportError as error:
+    print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore", category=FutureWarning, module="arch")
 plt.rcParams |= {"font.size": 7, "lines.linewidth": 1, "figure.constrained_layout.use": True, "legend.frameon": False}
 WIDTH = 3.3  # inches of a column
-STYLES = [(style, grey) for grey in ("0.0", "0.5", "0.75") for style in ("-", "--", ":", "-.")]
+STYLES = [(style, grey) for grey in ("0.0", "0.4", "0.6", "0.8") for style in ("-", "--", ":", "-.")]
 MARKERS = "os^Dv<>P"
 REFERENCE = Path(__file__).with_name("reference_curves.csv")
 
@@ -41,13 +51,17 @@ class Options:
     seed: int = 1  # of the bootstrap
 
 
-def method_of(row: dict) -> tuple:
-    return row["agent"], row["layer"], int(row["experts"]), row["setting"]
+def method_of(row: dict) -> tuple[str, int, str]:
+    return row["layer"], int(row["experts"]), row["setting"]
 
 
 def label(method: tuple) -> str:
-    agent, layer, experts, setting = method
-    return f"{agent} {layer} x{experts}{' ' * bool(setting)}{setting}"
+    layer, experts, setting = method
+    return f"{layer} x{experts} {setting}".strip()
+
+
+def columns_of(method: tuple) -> dict:
+    return dict(zip(("layer", "experts", "setting"), method, strict=True))
 
 
 def save(figure, rows: list[dict], path: Path) -> None:
@@ -61,135 +75,170 @@ def save(figure, rows: list[dict], path: Path) -> None:
     print(path.with_suffix(".png"))
 
 
+def legend(figure, handles: list, labels: list[str]) -> None:
+    """Below the axes, in as many columns as fit; the figure grows by it."""
+    width, height = figure.get_size_inches()
+    columns = max(1, int(width / (0.4 + 0.055 * max(map(len, labels)))))
+    figure.set_size_inches(width, height + 0.14 * -(-len(labels) // columns) + 0.1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
 def final_scores(rows: list[dict]) -> dict[tuple, dict[tuple, float]]:
     """Method -> (game, seed) -> human-normalised score at the end."""
     found = defaultdict(dict)
-    for row in rows:  # iterations are in their order, the evaluation after the last
-        if row["normalized"] and (row["iteration"] != "eval" or row["agent"] == "der"):
+    for row in rows:  # iterations are in their order
+        if row["normalized"] and (row["iteration"] == "eval") == (row["agent"] == "der"):
             found[method_of(row)][row["game"], int(row["seed"])] = float(row["normalized"])
     return found
 
 
-def matrices(scores: dict) -> dict[tuple, np.ndarray]:
-    """Method -> (seeds, games), of the games and seeds that all methods of its agent have."""
-    found = {}
-    for agent in sorted({method[0] for method in scores}):
-        those = {method: runs for method, runs in scores.items() if method[0] == agent}
-        common = set.intersection(*(set(runs) for runs in those.values()))
-        games = sorted({game for game, _ in common})
-        seeds = sorted({seed for _, seed in common if all((game, seed) in common for game in games)})
-        used, every = len(games) * len(seeds), len(set().union(*those.values()))
-        print(f"{agent}: {len(those)} methods, {len(games)} games, seeds {seeds}; {every - used} games' seeds left out")
-        for method, runs in those.items() if used else ():
-            found[method] = np.array([[runs[game, seed] for game in games] for seed in seeds])
-    return found
+def common(scores: dict) -> tuple[list[str], list[int]]:
+    """Games and seeds that all methods have."""
+    runs = set.intersection(*(set(found) for found in scores.values())) if scores else set()
+    games = sorted({game for game, _ in runs})
+    return games, sorted({seed for _, seed in runs if all((game, seed) in runs for game in games)})
 
 
 def intervals(scores: dict, function, options: Options) -> tuple[dict, dict]:
-    random = np.random.RandomState(options.seed)
-    return library.get_interval_estimates(scores, function, reps=options.repetitions, random_state=random)
+    """Name -> estimates, and name -> (2, estimates) bounds."""
+    random, found = np.random.RandomState(options.seed), ({}, {})
+    for name in tqdm(scores, desc="bootstrap", leave=False, dynamic_ncols=True):
+        given = {"reps": options.repetitions, "random_state": random}
+        estimates = library.get_interval_estimates({name: scores[name]}, function, **given)
+        for whole, part in zip(found, estimates, strict=True):
+            whole.update(part)
+    return found
 
 
-def plot_experts(scores: dict, options: Options) -> None:
+def plot_scores(agent: str, scores: dict, options: Options) -> None:
+    """IQM of each method; and over experts, of layers and settings with several numbers of them."""
     points, bounds = intervals(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), options)
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.4))
-    rows, lines = [], defaultdict(list)
-    for method in scores:
-        (low,), (high,) = bounds[method]
-        lines[method[0], method[1], method[3]].append((method[2], points[method][0], low, high))
-        names = dict(zip(("agent", "layer", "experts", "setting"), method, strict=True))
-        rows.append(names | {"iqm": points[method][0], "low": low, "high": high, "runs": scores[method].size})
-    for (name, line), (style, grey), marker in zip(
-        sorted(lines.items()), itertools.cycle(STYLES), itertools.cycle(MARKERS)
-    ):
-        experts, iqm, low, high = np.array(sorted(line)).T
-        error = np.stack([iqm - low, high - iqm])
-        axes.errorbar(experts, iqm, error, ls=style, color=grey, marker=marker, ms=3, capsize=2, label=" ".join(name))
+    rows = [
+        columns_of(method) | {"iqm": points[method][0], "low": low, "high": high, "runs": scores[method].size}
+        for method, ((low,), (high,)) in bounds.items()
+    ]
+    found = [[row[name] for row in rows] for name in ("iqm", "low", "high")]
+    iqm, low, high = map(np.array, found)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.17 * len(rows)))
+    axes.errorbar(iqm, list(map(label, scores)), xerr=np.stack([iqm - low, high - iqm]), fmt="ok", ms=3, capsize=2)
+    axes.set_xlabel("IQM, % of human")
+    axes.invert_yaxis()
+    save(figure, rows, options.output / f"{agent}_methods")
+
+    lines = defaultdict(list)
+    for row in rows:
+        lines[row["layer"], row["setting"]].append([row[name] for name in ("experts", "iqm", "low", "high")])
+    lines = {name: np.array(sorted(line)).T for name, line in lines.items() if len(line) > 1}
+    if not lines:
+        print("no picture over experts: each layer has one number of them")
+        return
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
+    looks = zip(lines.items(), itertools.cycle(STYLES), itertools.cycle(MARKERS))
+    for (name, (experts, iqm, low, high)), (style, grey), marker in looks:
+        error, name = np.stack([iqm - low, high - iqm]), " ".join(name).strip()
+        axes.errorbar(experts, iqm, error, ls=style, color=grey, marker=marker, ms=3, capsize=2, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="experts (dense: width / 512)", ylabel="IQM, % of human")
-    figure.legend(loc="outside upper center", ncols=2)
-    save(figure, rows, options.output / "experts")
+    legend(figure, *axes.get_legend_handles_labels())
+    rows = [row for row in rows if (row["layer"], row["setting"]) in lines]
+    save(figure, rows, options.output / f"{agent}_experts")
 
 
-def plot_curves(rows: list[dict], options: Options) -> None:
-    """Raw scores per game, mean and range over seeds; then the mean over games of normalised ones."""
-    curves = defaultdict(lambda: defaultdict(list))  # game -> method -> [(step, score)]
-    together, encoders = defaultdict(list), {(row["agent"], row["encoder"]) for row in rows}
+def together(rows: list[dict], games: list[str], seeds: list[int], options: Options) -> dict[tuple, tuple]:
+    """Method -> steps, IQM, low, high over games and seeds, at up to 20 iterations."""
+    found, lines = defaultdict(lambda: defaultdict(dict)), {}  # method -> step -> (game, seed) -> score
+    for row in rows:
+        if row["iteration"] != "eval" and row["normalized"]:
+            found[method_of(row)][int(row["step"])][row["game"], int(row["seed"])] = float(row["normalized"])
+    runs = set(itertools.product(games, seeds))
+    for method, scores in found.items():
+        steps = sorted(step for step in scores if runs <= set(scores[step]))
+        steps = steps[:: max(1, len(steps) // 20)]
+        if steps:
+            lines[method] = steps, np.array([[[scores[at][game, s] for at in steps] for game in games] for s in seeds])
+    points, bounds = intervals(
+        {method: scores for method, (_, scores) in lines.items()},
+        lambda x: np.array([metrics.aggregate_iqm(x[..., i]) for i in range(x.shape[-1])]),
+        options,
+    )
+    return {method: (steps, points[method], *bounds[method]) for method, (steps, _) in lines.items()}
+
+
+def plot_curves(agent: str, rows: list[dict], games: list[str], seeds: list[int], options: Options) -> None:
+    """Raw scores per game, mean and range over seeds; and the IQM of all games, with its interval."""
+    panels = defaultdict(dict)  # game -> method -> steps, middle, low, high
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # game -> method -> step -> scores
     for row in rows:
         if row["iteration"] != "eval":
-            curves[row["game"]][method_of(row)].append((int(row["step"]), float(row["score"])))
-            if row["normalized"]:
-                together[method_of(row)].append((int(row["step"]), float(row["normalized"])))
-    if together:
-        curves["all games, % of human"] = together
+            found[row["game"]][method_of(row)][int(row["step"])].append(float(row["score"]))
+    for game, methods in found.items():
+        for method, steps in methods.items():
+            values = [steps[at] for at in sorted(steps)]
+            panels[game][method] = sorted(steps), *(np.array([f(x) for x in values]) for f in (np.mean, min, max))
+    if seeds:
+        panels["all games: IQM, % of human"] = together(rows, games, seeds, options)
     with open(REFERENCE, newline="") as file:
-        reference = list(csv.DictReader(file))
-    columns, out = min(len(curves), 3), []
-    figure, grid = plt.subplots(-(-len(curves) // columns), columns, squeeze=False, sharex=False)
-    figure.set_size_inches(WIDTH * columns, 2.2 * grid.shape[0] + 0.3)
-    methods = sorted({method for game in curves.values() for method in game})
-    styles = dict(zip(methods, itertools.cycle(STYLES)))
-    for axes, (game, lines) in zip(grid.flat, curves.items(), strict=False):
-        for method, points in sorted(lines.items()):
-            steps = sorted({step for step, _ in points})
-            values = [[score for step, score in points if step == at] for at in steps]
-            mean, low, high = (np.array([f(x) for x in values]) for f in (np.mean, min, max))
-            style, grey = styles[method]
-            axes.plot(steps, mean, ls=style, color=grey, marker="." if len(steps) < 4 else "", label=label(method))
+        reference = [row for row in csv.DictReader(file) if row["agent"].lower() == agent]
+    columns, out = min(len(panels), 3), []
+    figure, grid = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
+    figure.set_size_inches(WIDTH * columns, 2.2 * grid.shape[0])
+    looks = dict(zip(sorted({method for methods in panels.values() for method in methods}), itertools.cycle(STYLES)))
+    for axes, (game, methods) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, {})):
+        if game is None:
+            axes.set_axis_off()
+            continue
+        for method, (steps, middle, low, high) in sorted(methods.items()):
+            style, grey = looks[method]
+            axes.plot(steps, middle, ls=style, color=grey, marker="." if len(steps) < 4 else "", label=label(method))
             axes.fill_between(steps, low, high, color=grey, alpha=0.15, lw=0)
-            names = dict(zip(("agent", "layer", "experts", "setting"), method, strict=True))
             out += [
-                {"game": game} | names | {"step": at, "mean": m, "min": a, "max": b, "runs": len(x)}
-                for at, m, a, b, x in zip(steps, mean, low, high, values, strict=True)
+                {"game": game} | columns_of(method) | {"step": at, "middle": m, "low": a, "high": b}
+                for at, m, a, b in zip(steps, middle, low, high, strict=True)
             ]
-        for agent, encoder in encoders:
-            last = max(step for points in lines.values() for step, _ in points)
-            band = [row for row in reference if (row["game"], row["agent"].lower()) == (game.lower(), agent)]
-            band = [row for row in band if row["encoder"] == encoder and 250_000 * (int(row["iteration"]) + 1) <= last]
-            if band:
-                x = [250_000 * (int(row["iteration"]) + 1) for row in band]
-                low, high = ([float(row[name]) for row in band] for name in ("min", "max"))
-                axes.fill_between(
-                    x, low, high, fc="none", ec="0.6", hatch="////", lw=0, label=f"{agent}, authors' dense"
-                )
-        axes.set_title(game)
-        axes.set_xlabel("agent steps (offline: updates)")
-    for axes in grid.flat[len(curves) :]:
-        axes.set_axis_off()
+        last = max(step for steps, *_ in methods.values() for step in steps)
+        for encoder in sorted({row["encoder"] for row in rows}):
+            band = [row for row in reference if (row["game"], row["encoder"]) == (game.lower(), encoder)]
+            steps = [250_000 * (int(row["iteration"]) + 1) for row in band]
+            steps = [step for step in steps if step <= last]
+            if steps:
+                name = f"authors' dense {encoder}" + " (C51, 3-step, prioritised only)" * (agent == "rainbow")
+                low, high = ([float(row[key]) for row in band][: len(steps)] for key in ("min", "max"))
+                axes.fill_between(steps, low, high, fc="none", ec="0.6", hatch="////", lw=0, label=name)
+        axes.set(title=game, xlabel="agent steps" if agent != "cql" else "updates")
     legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
-    handles = {text: handle for legend in legends for handle, text in legend}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    save(figure, out, options.output / "curves")
+    handles = {text: handle for part in legends for handle, text in part}
+    legend(figure, list(handles.values()), list(handles))
+    save(figure, out, options.output / f"{agent}_curves")
 
 
-def plot_profiles(scores: dict, options: Options) -> None:
+def plot_profiles(agent: str, scores: dict, options: Options) -> None:
     """Share of runs with a score above tau (Agarwal et al., 2021, section 4.2)."""
     tau = np.linspace(min(x.min() for x in scores.values()), max(x.max() for x in scores.values()), 100)
     profiles, bounds = library.create_performance_profile(scores, tau, reps=options.repetitions)
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.4))
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
     rows = []
     for method, (style, grey) in zip(scores, itertools.cycle(STYLES)):
         axes.plot(tau, profiles[method], ls=style, color=grey, label=label(method))
         axes.fill_between(tau, *bounds[method], color=grey, alpha=0.1, lw=0)
         found = zip(tau, profiles[method], *bounds[method], strict=True)
-        rows += [{"method": label(method), "tau": t, "share": p, "low": a, "high": b} for t, p, a, b in found]
+        rows += [columns_of(method) | {"tau": t, "share": p, "low": a, "high": b} for t, p, a, b in found]
     axes.set(xlabel="score tau, % of human", ylabel="share of runs above tau")
-    figure.legend(loc="outside upper center", ncols=2)
-    save(figure, rows, options.output / "profiles")
+    legend(figure, *axes.get_legend_handles_labels())
+    save(figure, rows, options.output / f"{agent}_profiles")
 
 
-def plot_improvement(scores: dict, options: Options) -> None:
+def plot_improvement(agent: str, scores: dict, options: Options) -> None:
     """P(a run of X beats one of Y on a random game), Y dense of one width (Agarwal et al., 2021, section 4.3)."""
-    dense = [method for method in scores if method[1:3] == ("dense", 1)]
-    pairs = [(x, y) for x, y in itertools.product(scores, dense) if x != y and (x[0], x[3]) == (y[0], y[3])]
+    dense = [method for method in scores if method[:2] == ("dense", 1)]
+    pairs = [(x, y) for x, y in itertools.product(scores, dense) if x != y and x[2] == y[2]]
     if not pairs:
-        print("no picture of improvement: there is no dense layer of one width to compare with")
+        print("no picture of improvement: there is no dense layer of one width with the same setting to compare with")
         return
-    together = {f"{label(x)}\n> {label(y)}": (scores[x], scores[y]) for x, y in pairs}
-    points, bounds = intervals(together, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), options)
+    both = {f"{label(x)}\n> {label(y)}": (scores[x], scores[y]) for x, y in pairs}
+    points, bounds = intervals(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), options)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.3 * len(pairs)))
-    found = [(name, points[name][0], *bounds[name][:, 0]) for name in together]
+    found = [(name, points[name][0], *bounds[name][:, 0]) for name in both]
     names, p, low, high = zip(*found, strict=True)
     axes.errorbar(p, names, xerr=np.stack([np.array(p) - low, np.array(high) - p]), fmt="ok", ms=3, capsize=2)
     axes.axvline(0.5, color="0.6", ls=":")
@@ -197,37 +246,45 @@ def plot_improvement(scores: dict, options: Options) -> None:
     axes.invert_yaxis()
     found = [(name.replace("\n", " "), *numbers) for name, *numbers in found]
     rows = [dict(zip(("pair", "probability", "low", "high"), row, strict=True)) for row in found]
-    save(figure, rows, options.output / "improvement")
+    save(figure, rows, options.output / f"{agent}_improvement")
 
 
-def main(options: Options) -> int:
-    if not options.results.exists():
-        print(f"error: there is no {options.results}; python scripts/collect.py makes it", file=sys.stderr)
-        return 2
+def shorten(rows: list[dict]) -> list[dict]:
+    """Rows of an agent without the settings that all its methods share, which are said; and their encoder."""
+    shared = set.intersection(*(set(row["setting"].split()) for row in rows))
+    print(f"{rows[0]['agent']}: all methods have {' '.join(sorted(shared)) or 'default settings'}")
+    found = []
+    for row in rows:
+        setting = " ".join(word for word in row["setting"].split() if word not in shared)
+        nature = "encoder=nature" in row["setting"]
+        found.append(row | {"setting": setting, "encoder": "CNN" if nature else "Impala"})
+    return found
+
+
+def main(options: Options) -> None:
+    if options.repetitions < 1:
+        raise ValueError("--repetitions must be at least 1")
     with open(options.results, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or "normalized" not in rows[0]:
-        print(f"error: {options.results} has no rows of collect.py's", file=sys.stderr)
-        return 2
-    for row in rows:
-        row["encoder"] = "CNN" if "encoder=nature" in row["setting"] else "Impala"
-    if len(settings := {row["setting"] for row in rows}) == 1:  # names need not repeat what all share
-        print(f"all methods: {settings.pop() or 'defaults'}")
-        rows = [row | {"setting": ""} for row in rows]
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: no folder for the figures: {error}", file=sys.stderr)
-        return 2
-    plot_curves(rows, options)
-    if scores := matrices(final_scores(rows)):
-        plot_experts(scores, options)
-        plot_profiles(scores, options)
-        plot_improvement(scores, options)
-    else:
-        print("no aggregates: no seed that all methods of an agent have, on all of their games with a human score")
-    return 0
+        raise ValueError(f"{options.results} has no rows of collect.py's")
+    options.output.mkdir(parents=True, exist_ok=True)
+    for agent in sorted({row["agent"] for row in rows}):
+        those = shorten([row for row in rows if row["agent"] == agent])
+        finals = final_scores(those)
+        games, seeds = common(finals)
+        left_out = len(set().union(*finals.values())) - len(games) * len(seeds)
+        print(f"{agent}: {len(finals)} methods, {len(games)} games, seeds {seeds}; {left_out} games' seeds left out")
+        plot_curves(agent, those, games, seeds, options)
+        if not seeds:
+            print(f"{agent}: no aggregates: no seed that all methods have, on all of their games with a human score")
+            continue
+        scores = {name: np.array([[runs[game, s] for game in games] for s in seeds]) for name, runs in finals.items()}
+        plot_scores(agent, scores, options)
+        plot_profiles(agent, scores, options)
+        plot_improvement(agent, scores, options)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))
+    with importlib.import_module("dqn_softmoe").one_line_errors(Exception):
+        main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))

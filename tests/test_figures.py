@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,19 +97,31 @@ def test_plot_draws_the_numbers_of_the_table(runs, tmp_path):
     done = run("plot", tmp_path / "results.csv", "-o", tmp_path / "figures", "--repetitions", "200")
     assert done.returncode == 0, done.stderr
     assert "dqn: 4 methods, 2 games, seeds [1, 2]; 0 games' seeds left out" in done.stdout
-    for name in ("experts", "curves", "profiles", "improvement"):
-        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    last = {}
+    for name in ("methods", "experts", "curves", "profiles", "improvement"):
+        assert (tmp_path / "figures" / f"dqn_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "figures" / f"dqn_{name}.pdf").read_bytes().startswith(b"%PDF")
+    last, first = {}, defaultdict(list)
     for row in read_csv(tmp_path / "results.csv"):
         last[row["layer"], row["experts"], row["game"], row["seed"]] = float(row["normalized"])
-    for row in read_csv(tmp_path / "figures" / "experts.csv"):
+        if row["iteration"] == "1":
+            first[row["layer"], row["experts"]].append(float(row["normalized"]))
+    curves = {
+        (row["layer"], row["experts"], row["game"], row["step"]): row
+        for row in read_csv(tmp_path / "figures" / "dqn_curves.csv")
+    }
+    for method, scores in first.items():
+        row = curves[*method, "all games: IQM, % of human", "500000"]
+        assert float(row["middle"]) == pytest.approx(np.mean(sorted(scores)[1:3]))
+        assert float(row["low"]) <= float(row["middle"]) <= float(row["high"])
+    assert {row["layer"] for row in read_csv(tmp_path / "figures" / "dqn_experts.csv")} == {"softmoe"}
+    methods = read_csv(tmp_path / "figures" / "dqn_methods.csv")
+    assert len(methods) == 4
+    for row in methods:
         scores = sorted(score for key, score in last.items() if key[:2] == (row["layer"], row["experts"]))
         assert float(row["iqm"]) == pytest.approx(np.mean(scores[1:3])) and row["runs"] == "4"  # a quarter off each end
         assert float(row["low"]) <= float(row["iqm"]) <= float(row["high"])
-    for row in read_csv(tmp_path / "figures" / "profiles.csv"):
-        _, layer, experts = row["method"].split()
-        scores = [score for key, score in last.items() if key[:2] == (layer, experts.removeprefix("x"))]
+    for row in read_csv(tmp_path / "figures" / "dqn_profiles.csv"):
+        scores = [score for key, score in last.items() if key[:2] == (row["layer"], row["experts"])]
         assert float(row["share"]) == pytest.approx(np.mean([score > float(row["tau"]) for score in scores]))
     assert run("plot", tmp_path / "nothing.csv").returncode == 2
 
@@ -132,13 +145,21 @@ def test_plot_does_without_human_scores_and_with_unequal_seeds(tmp_path):
     header = "game,agent,layer,experts,setting,seed,iteration,step,frames,score,normalized\n"
     (tmp_path / "raw.csv").write_text(f"{header}Pooyan,dqn,dense,1,,1,0,250000,1000000,5.0,\n")
     done = run("plot", tmp_path / "raw.csv", "-o", tmp_path / "raw")
-    assert done.returncode == 0 and "no aggregates" in done.stdout and (tmp_path / "raw" / "curves.png").exists()
+    assert done.returncode == 0 and "no aggregates" in done.stdout and (tmp_path / "raw" / "dqn_curves.png").exists()
     rows = [f"{game},dqn,dense,1,,{seed},0,250000,1000000,5.0,40.0\n" for game in ("A", "B") for seed in (1, 2)]
     (tmp_path / "some.csv").write_text(header + "".join(rows) + "A,dqn,dense,1,,3,0,250000,1000000,5.0,40.0\n")
     done = run("plot", tmp_path / "some.csv", "-o", tmp_path / "some", "--repetitions", "20")
     assert "2 games, seeds [1, 2]; 1 games' seeds left out" in done.stdout, done.stderr
     (tmp_path / "empty.csv").write_text(header)
-    assert run("plot", tmp_path / "empty.csv").returncode == 2
+    (tmp_path / "bytes.csv").write_bytes(b"\x89PNG\xff\xfe")
+    for given in (
+        [tmp_path / "empty.csv"],
+        [tmp_path / "bytes.csv"],
+        [tmp_path],
+        [tmp_path / "raw.csv", "-o", __file__],
+    ):
+        done = run("plot", *given)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_the_authors_curves_are_those_that_are_shipped():
