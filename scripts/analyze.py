@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -28,8 +27,14 @@ from tqdm import tqdm
 import dqn_softmoe
 import moe_layers as moe
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
 
 THRESHOLDS = (0.0, 0.001, 0.01)
 

@@ -15,14 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import ale_py
 import numpy as np
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+dqn_softmoe = importlib.import_module("dqn_softmoe")
 
 
 def say(good: bool | None, what: str, text: str) -> bool:
@@ -47,30 +50,44 @@ def check_game(args, script) -> bool:
         envs = script.Environments(args, 1)
     except Exception as error:
         return say(False, "game", f"{args.env_id}: {error}")
-    rom = ale_py.roms.get_rom_path(envs.game) if envs.game else "not of Atari"
-    return say(True, "game", f"{args.env_id}, {envs.num_actions} actions, frames of {envs.frame_shape}; {rom}")
+    rom = f"; ROM {Path(ale_py.roms.get_rom_path(envs.game)).name}" if envs.game else ""
+    return say(True, "game", f"{args.env_id}, {envs.num_actions} actions, frames of {envs.frame_shape}{rom}")
+
+
+def needs(args, script) -> tuple[int, int]:
+    """Bytes of the replay, or offline of the unpacked data; and of a file of weights."""
+    envs = script.Environments(args, 1)
+    q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
+    weights = sum(parameter.nbytes for parameter in q_network.parameters())
+    if hasattr(args, "buffer_size"):
+        replay = script.ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape)  # takes no memory yet
+        return sum(buffer.nbytes for buffer in replay.buffers()), weights
+    archives = (zipfile.ZipFile(path) for path in Path(args.dataset_dir).glob("**/[0-9]*.npz"))
+    return sum(info.file_size for archive in archives for info in archive.infolist()), weights
 
 
 def check_memory(args, script) -> bool:
     if not hasattr(args, "buffer_size"):
-        there = any(Path(args.dataset_dir).glob("**/*.npz"))
-        return say(
-            there, "data", f"{args.dataset_dir or 'no --dataset-dir'}: {'mapped from the disk' if there else 'empty'}"
-        )
-    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+        need, _ = needs(args, script)
+        data = f"{args.dataset_dir or 'no --dataset-dir'}, {need / 1e9:.1f} GB unpacked, mapped from the disk"
+        return say(need > 0, "data", data)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     try:
-        place = script.replay_device(args, (84, 84), torch.device(device))
-        return say(True, "memory", f"the replay goes to the {place}; {script.free_memory() / 1e9:.1f} GB are free here")
+        place = script.replay_device(args, script.Environments(args, 1).frame_shape, device)
     except ValueError as error:
         return say(False, "memory", str(error))
+    need, free = needs(args, script)[0] / 1e9, script.free_memory() / 1e9
+    return say(True, "memory", f"a replay of {need:.1f} GB on the {place}; {free:.1f} GB of the host's are free")
 
 
-def check_disk(args, _) -> bool:
-    runs_dir = Path(args.runs_dir).absolute()
+def check_disk(args, script) -> bool:
+    runs_dir, (need, weights) = Path(args.runs_dir).absolute(), needs(args, script)
     folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
-    steps = getattr(args, "total_timesteps", 0)
-    need = min(getattr(args, "buffer_size", 0), steps) * (84 * 84 + 22) * 2  # a checkpoint is written beside the last
-    need += 100 * steps * getattr(args, "save_replay", False)
+    length = getattr(args, "total_timesteps", None) or args.total_updates
+    if hasattr(args, "buffer_size"):
+        need *= 2 * min(1, length / args.buffer_size)  # a checkpoint is written beside the last
+        need += 100 * length * args.save_replay
+    need += weights * (length // args.weights_every if args.weights_every else 1)
     free = shutil.disk_usage(folder).free
     return say(need < free, "disk", f"up to {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
 
@@ -93,9 +110,12 @@ def probe(script, args, seconds: float) -> bool:
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         child = subprocess.Popen([sys.executable, "-c", code], env=environment, **streams)
         path, rates, end = Path(folder, "probe", "metrics.csv"), [], time.monotonic() + seconds + 10  # for the imports
+        bar = tqdm(total=seconds, desc="speed", unit="s", leave=False, dynamic_ncols=True)
         while len(rates) < 60 and child.poll() is None and time.monotonic() < end:
             time.sleep(0.5)
+            bar.update(0.5)
             rates = [float(row["sps"]) for row in csv.DictReader(path.open())] if path.exists() else []
+        bar.close()
         child.kill()
         error = child.communicate()[1].strip().splitlines()
     rates = rates[12:]  # those before learn nothing, or compile
@@ -118,13 +138,15 @@ def main() -> int:
     if not command or not command[0].endswith("_softmoe.py"):
         print(f"error: {' '.join(sys.argv[1:])}: not a command such as python dqn_softmoe.py", file=sys.stderr)
         return 2
-    script = importlib.import_module(Path(command[0]).stem)
     sys.argv = command
-    with script.one_line_errors(Exception):
+    with dqn_softmoe.one_line_errors(Exception):
+        script = importlib.import_module(Path(command[0]).stem)
         args = script.parse_args()
         script.check_args(args)
     say(True, "versions", f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}")
-    good = [check(args, script) for check in (check_device, check_game, check_memory, check_disk)]
+    good = [check_device(args, script), check_game(args, script)]
+    for check in (check_memory, check_disk):
+        good.append(good[-1] and check(args, script))
     good.append(all(good) and probe(script, args, 20))
     return int(not all(good))
 

@@ -53,6 +53,8 @@ def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.M
 
 
 def main(options: Options) -> None:
+    if options.episodes < 1:
+        raise ValueError("--episodes must be at least 1")
     _, args, q_network, weights = load(options.path, options.cuda)
     args.eval_episodes, args.eval_epsilon = options.episodes, options.epsilon
     returns = dqn_softmoe.evaluate(q_network, args, options.seed, threading.Event())

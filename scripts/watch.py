@@ -7,21 +7,28 @@ compared at every step. An expert's picture is the frame, lit where the tokens a
 weights, averaged over slots), for the tokenizations that have places: PerConv and PerPatch. Dense layers have none.
 """
 
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import ale_py
-import imageio_ffmpeg
 import numpy as np
 import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from evaluate import load  # which puts the agents on the path
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import dqn_softmoe
+
+try:
+    import imageio_ffmpeg
+    from PIL import Image, ImageDraw
+except ImportError as error:
+    print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
 
 HEIGHT, WIDTH, TILE = 420, 320, 120  # of the screen, twice as large as the console's, and of an expert's picture
 
@@ -35,15 +42,18 @@ class Options:
     seed: int = 1  # of game and random actions
 
 
-def looks(output, places: bool) -> np.ndarray:
-    """Where experts look, (E, h, w), 1 where the most; empty where tokens have no `places`."""
-    if output is None:
+def looks(output, tokenization: str) -> np.ndarray:
+    """Where experts look, (E, h, w), 1 where the most; empty where tokens have no places."""
+    if output is None or tokenization not in ("PerConv", "PerPatch", "PerPatchAvg"):
         return np.zeros((0, 1, 1))
     dispatch = output.routing.dispatch_weights[0].mean(dim=2).T  # (E, T)
-    side = round(dispatch.shape[1] ** 0.5)
-    if side**2 != dispatch.shape[1] or side == 1 or not places:
-        return np.zeros((0, 1, 1))
-    return (dispatch / dispatch.amax(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side).numpy()
+    side = math.isqrt(dispatch.shape[1])
+    maps = (dispatch / dispatch.amax(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side)
+    if tokenization != "PerConv":
+        maps = maps.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
+        rest = 2 if side == 3 else 0  # of 11 rows and columns, the last two are in no patch
+        maps = torch.nn.functional.pad(maps, (0, rest, 0, rest))
+    return maps.numpy()
 
 
 def picture(screen: np.ndarray, frame: np.ndarray, maps: np.ndarray, q_values: np.ndarray, names, text: str) -> Image:
@@ -71,6 +81,9 @@ def picture(screen: np.ndarray, frame: np.ndarray, maps: np.ndarray, q_values: n
 
 @torch.no_grad()
 def main(options: Options) -> None:
+    if options.steps < 1:
+        raise ValueError("--steps must be at least 1")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     script, args, q_network, _ = load(options.path)
     envs = dqn_softmoe.Environments(args, 1)
     if not envs.game:
@@ -84,7 +97,6 @@ def main(options: Options) -> None:
     ale.loadROM(ale_py.roms.get_rom_path(envs.game))
     names, writer = [action.name for action in ale.getMinimalActionSet()], None
     torch.manual_seed(options.seed)
-    places = args.tokenization in ("PerConv", "PerPatch", "PerPatchAvg")
     for step in tqdm(range(options.steps), unit="step", dynamic_ncols=True):
         script.push(obs, frame, start)
         _, output = q_network(obs)
@@ -93,7 +105,7 @@ def main(options: Options) -> None:
         image = picture(
             screen.reshape(210, 160, 3),
             obs[0, -1].numpy(),
-            looks(output, places),
+            looks(output, args.tokenization),
             q_values[0].numpy(),
             names,
             f"step {step}, return {total:g}",

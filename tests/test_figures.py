@@ -241,22 +241,29 @@ def test_evaluate_plays_as_the_run_s_own_evaluation(trained, tmp_path):
         done = run("evaluate", path, "--episodes", "3", "--seed", seed, "--no-cuda", "-o", tmp_path / "eval.json")
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "eval.json").read_text())["returns"] == expected["returns"]
-    nothing = run("evaluate", tmp_path)
-    assert nothing.returncode == 2 and nothing.stderr.startswith("error: ") and len(nothing.stderr.splitlines()) == 1
+    for given in ([tmp_path], [trained, "--episodes", "0"]):
+        bad = run("evaluate", *given)
+        assert bad.returncode == 2 and bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("layer", ["softmoe", "dense"])
-def test_watch_films_the_very_game(layer, tmp_path):
+@pytest.mark.parametrize("layer, tokenization", [("softmoe", "PerConv"), ("top1moe", "PerPatch"), ("dense", "PerConv")])
+def test_watch_films_the_very_game(layer, tokenization, tmp_path):
     import imageio_ffmpeg
 
-    settings = {"layer": layer, "encoder": "nature", "expert_hidden_dim": 8, "cuda": False}
+    settings = {
+        "layer": layer,
+        "tokenization": tokenization,
+        "encoder": "nature",
+        "expert_hidden_dim": 8,
+        "cuda": False,
+    }
     args = dqn_softmoe.Args(env_id="SpaceInvadersNoFrameskip-v4", **settings)
     q_network = dqn_softmoe.QNetwork(args, (4, 84, 84), 6)
     torch.save(q_network.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "config.json").write_text(json.dumps({"script": "dqn_softmoe.py", "args": asdict(args)}))
-    done = run("watch", tmp_path, "-o", tmp_path / "game.mp4", "--steps", "40", "--epsilon", "0.5")
+    done = run("watch", tmp_path, "-o", tmp_path / "new" / "game.mp4", "--steps", "40", "--epsilon", "0.5")
     assert done.returncode == 0, done.stderr
-    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "game.mp4"))
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "new" / "game.mp4"))
     assert frames == 40
 
 
@@ -268,7 +275,8 @@ def test_doctor_says_whether_a_command_will_run(tmp_path):
     assert "agent steps/s while learning" in done.stdout and list(tmp_path.iterdir()) == []
     too_large = run("doctor", *command[:-2], str(10**12), cwd=tmp_path)
     assert too_large.returncode == 1 and "NO  memory" in too_large.stdout
-    assert run("doctor", "ls").returncode == 2 and run("doctor", *command, "--seed", "x").returncode == 2
+    for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
+        assert run("doctor", *given).returncode == 2
 
 
 def test_scores_of_games_have_their_sources():
