@@ -8,11 +8,13 @@ episodes. `--augment` adds DrQ's augmentation. Low data (paper, figures 12, 16):
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- The one update per agent step runs while the environment emulates, so it does not see the newest transition.
-- A checkpoint cuts the running episodes because emulators cannot be saved; their returns are not counted.
-- The last step of an episode that was cut, by the frame limit or a checkpoint, is not learned from, and the steps
-  before it bootstrap from its frame: truncation is not termination.
+- The one update per agent step runs while the environment emulates: its action was chosen before it.
+- A checkpoint cuts the running episodes because ale-py's vector environments cannot be saved; their returns are not
+  counted.
+- The last step of an episode is learned from and ends it; Dopamine's replay at 5873f54 ends it a step earlier. A
+  window that a cut shortens, by the frame limit or a checkpoint, bootstraps from its frame; that replay drops it.
 - Evaluation is without noise everywhere; the authors' experts stay noisy in it. The two heads draw their noise apart.
+- A prioritised batch has one draw from each of B equal shares of the sum, as in Schaul et al. (2016), not B free ones.
 """
 
 import contextlib

@@ -7,11 +7,12 @@ The dense layer before the head of a DQN becomes a Soft MoE over the tokens of t
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not
-  see the newest four transitions. Every update still follows exactly four steps of one policy.
-- A checkpoint cuts the running episodes because emulators cannot be saved; their returns are not counted.
-- The last step of an episode that was cut, by the frame limit or a checkpoint, is not learned from, and the steps
-  before it bootstrap from its frame: truncation is not termination.
+- Four environments step in parallel, and the one update per four agent steps runs while they emulate: their actions
+  were chosen before it. Every update still follows exactly four steps of one policy.
+- A checkpoint cuts the running episodes because ale-py's vector environments cannot be saved; their returns are not
+  counted.
+- The last step of an episode is learned from and ends it; Dopamine's replay at 5873f54 ends it a step earlier. A
+  window that a cut shortens, by the frame limit or a checkpoint, bootstraps from its frame; that replay drops it.
 """
 
 import contextlib

@@ -8,12 +8,14 @@ by a Soft MoE over the tokens of the encoder's feature map; see `diff dqn_softmo
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- Four environments step in parallel, and the one update per four agent steps runs while they emulate, so it does not
-  see the newest four transitions. Every update still follows exactly four steps of one policy.
-- A checkpoint cuts the running episodes because emulators cannot be saved; their returns are not counted.
-- The last step of an episode that was cut, by the frame limit or a checkpoint, is not learned from, and the steps
-  before it bootstrap from its frame: truncation is not termination.
+- Four environments step in parallel, and the one update per four agent steps runs while they emulate: their actions
+  were chosen before it. Every update still follows exactly four steps of one policy.
+- A checkpoint cuts the running episodes because ale-py's vector environments cannot be saved; their returns are not
+  counted.
+- The last step of an episode is learned from and ends it; Dopamine's replay at 5873f54 ends it a step earlier. A
+  window that a cut shortens, by the frame limit or a checkpoint, bootstraps from its frame; that replay drops it.
 - Evaluation is without noise everywhere; the authors' experts stay noisy in it. The two heads draw their noise apart.
+- A prioritised batch has one draw from each of B equal shares of the sum, as in Schaul et al. (2016), not B free ones.
 """
 
 import contextlib
