@@ -23,9 +23,9 @@ sys.path.append(str(ROOT / "scripts"))
 analyze, evaluate = importlib.import_module("analyze"), importlib.import_module("evaluate")
 
 
-def run(script, *given, cwd=None):
+def run(script, *given, cwd=None, path=ROOT / "tests"):
     command = [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, given)]
-    path = {"PYTHONPATH": str(ROOT / "tests")}
+    path = {"PYTHONPATH": str(path)}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | path, cwd=cwd)
 
 
@@ -277,6 +277,15 @@ def test_doctor_says_whether_a_command_will_run(tmp_path):
     assert too_large.returncode == 1 and "NO  memory" in too_large.stdout
     for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
         assert run("doctor", *given).returncode == 2
+
+
+@pytest.mark.parametrize("script, package", [("plot", "rliable"), ("watch", "PIL"), ("analyze", "matplotlib")])
+def test_a_missing_package_is_one_line(script, package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package}')")
+    done = run(script, "--help", path=tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        f"error: No module named {package}; pip install -r scripts/requirements.txt"
+    ]
 
 
 def test_scores_of_games_have_their_sources():

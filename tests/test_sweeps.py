@@ -39,6 +39,8 @@ def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
         assert 77_777 in (getattr(args, "total_timesteps", None), getattr(args, "total_updates", None))
         names.add(args.run_name)
     assert len(names) == len(lines) / 2
+    told = shell(figure, "--help")
+    assert told.returncode == 0 and "GAMES" in told.stdout and "python " not in told.stdout
 
 
 def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
