@@ -112,11 +112,14 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
 def test_each_slot_has_a_gpu_of_those_that_may_be_used(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    (tmp_path / "any.list").write_text("".join(f"echo $CUDA_VISIBLE_DEVICES > said{i}; sleep 1\n" for i in range(4)))
-    for given, expected in (({"CUDA_VISIBLE_DEVICES": "2,0"}, "0022"), ({"CUDA_VISIBLE_DEVICES": ""}, "\n")):
-        done = shell(ROOT / "scripts" / "sweep.sh", tmp_path / "any.list", PATH=f"{tmp_path}:{PATH}", **given)
+    (tmp_path / "any.list").write_text("".join(f"echo $CUDA_VISIBLE_DEVICES > said{i}; sleep 3\n" for i in range(4)))
+    for given, expected, jobs in (("2,0", ["0", "0", "2", "2"], "2 at a time, 2 GPUs"), ("", [""] * 4, "0 GPUs")):
+        settings = {"PATH": f"{tmp_path}:{PATH}", "CUDA_VISIBLE_DEVICES": given}
+        command = [ROOT / "scripts" / "sweep.sh", tmp_path / "any.list"]
+        assert jobs in shell(*command, "--dry-run", **settings).stderr
+        done = shell(*command, "--jobs", "4", cwd=tmp_path, **settings)
         assert done.returncode == 0, done
-        assert "".join(sorted((tmp_path / f"said{i}").read_text().strip() for i in range(4))) == expected.strip()
+        assert sorted((tmp_path / f"said{i}").read_text().strip() for i in range(4)) == expected
         shutil.rmtree(tmp_path / "any.list.logs")
 
 
