@@ -271,7 +271,7 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for agent in sorted({row["agent"] for row in rows}):
         those = shorten([row for row in rows if row["agent"] == agent])
-        finals = final_scores(those)
+        finals = dict(sorted(final_scores(those).items()))
         games, seeds = common(finals)
         left_out = len(set().union(*finals.values())) - len(games) * len(seeds)
         print(f"{agent}: {len(finals)} methods, {len(games)} games, seeds {seeds}; {left_out} games' seeds left out")
