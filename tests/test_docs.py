@@ -46,7 +46,7 @@ def test_every_flag_that_is_mentioned_exists():
 
 
 def test_every_file_that_is_mentioned_exists():
-    names = re.findall(r"\b(?:scripts/|tests/)?[\w]+\.(?:py|sh|sbatch|txt)\b|\b(?:scripts|tests)/[\w/]*", README)
+    names = re.findall(r"\b(?:scripts/|tests/)?[\w]+\.(?:py|sh|sbatch|txt)\b|\b(?:scripts|tests)/[\w/]*(?:\.png)?", README)
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing
 
