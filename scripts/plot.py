@@ -121,8 +121,7 @@ def plot_scores(agent: str, scores: dict, options: Options) -> None:
     iqm, low, high = map(np.array, found)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.17 * len(rows)))
     axes.errorbar(iqm, list(map(label, scores)), xerr=np.stack([iqm - low, high - iqm]), fmt="ok", ms=3, capsize=2)
-    axes.set_xlabel("IQM, % of human")
-    axes.invert_yaxis()
+    axes.set(xlabel="IQM, % of human", ylim=(len(rows) - 0.5, -0.5))
     save(figure, rows, options.output / f"{agent}_methods")
 
     lines = defaultdict(list)
@@ -242,8 +241,7 @@ def plot_improvement(agent: str, scores: dict, options: Options) -> None:
     names, p, low, high = zip(*found, strict=True)
     axes.errorbar(p, names, xerr=np.stack([np.array(p) - low, np.array(high) - p]), fmt="ok", ms=3, capsize=2)
     axes.axvline(0.5, color="0.6", ls=":")
-    axes.set(xlim=(-0.02, 1.02), xlabel="probability of improvement")
-    axes.invert_yaxis()
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(pairs) - 0.5, -0.5), xlabel="probability of improvement")
     found = [(name.replace("\n", " "), *numbers) for name, *numbers in found]
     rows = [dict(zip(("pair", "probability", "low", "high"), row, strict=True)) for row in found]
     save(figure, rows, options.output / f"{agent}_improvement")

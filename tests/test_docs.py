@@ -46,7 +46,8 @@ def test_every_flag_that_is_mentioned_exists():
 
 
 def test_every_file_that_is_mentioned_exists():
-    names = re.findall(r"\b(?:scripts/|tests/)?[\w]+\.(?:py|sh|sbatch|txt)\b|\b(?:scripts|tests)/[\w/]*(?:\.png)?", README)
+    files = r"\b(?:scripts/|tests/)?[\w]+\.(?:py|sh|sbatch|txt)\b|\b(?:scripts|tests)/[\w/]*(?:\.png)?"
+    names = re.findall(files, README)
     missing = [name for name in names if not (ROOT / name).exists()]
     assert not missing
 
