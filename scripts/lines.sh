@@ -2,7 +2,7 @@
 #
 # GAMES, SEEDS, STEPS (agent steps; updates offline) and RUNS_DIR in the environment replace the paper's, FLAGS go to
 # every command. A game is an Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags,
-# so figures share their runs.
+# so figures share their runs; but figure 10's, which keep their weights.
 
 case ${1:-} in -h | --help) sed -n '/^# /s///p' "$0" "${BASH_SOURCE[0]}"; exit 0 ;; esac
 [[ ${RUNS_DIR:-}${DATA:-} != *[[:space:]]* ]] || { echo "error: RUNS_DIR and DATA must have no spaces" >&2; exit 2; }
