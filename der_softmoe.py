@@ -75,7 +75,7 @@ class Args:
     # Environment
     num_envs: int = 1  # environments stepped in parallel; one round is `num_envs` agent steps
     sticky_actions: float = 0.0  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 30  # random no-ops at an episode's start, at most (paper: 0; DER: 30; Atari only)
+    noop_max: int = 30  # a game starts with 0 to this - 1 no-op steps (paper: 0; DER: 30, 0 to 116 frames; Atari only)
     terminal_on_life_loss: bool = True  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
@@ -111,6 +111,7 @@ class Args:
 
     # DER
     augment: bool = False  # shift frames and scale their intensity at random, in updates (DrQ; authors' code: off)
+    distributional: bool = True  # C51; else one value per action and the Huber loss, as in DrQ(eps)
     num_atoms: int = 51  # atoms of the return distribution (Bellemare et al., 2017; paper: 51)
     v_min: float = -10.0  # lowest atom, in clipped returns (paper: -10)
     v_max: float = 10.0  # highest atom, in clipped returns (paper: 10)
@@ -179,9 +180,10 @@ def nature_cnn(channels: int, width: int) -> nn.Module:
 class QNetwork(nn.Module):
     """Encoder, tokens, mixture of experts (or a dense layer), dueling heads over atoms.
 
-    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`. As in the authors' code nothing stands
-    between the experts' output tokens and the heads: no ReLU, no residual, no norm. Without dueling `advantage` alone
-    gives the logits. Noise, a fresh draw per sample and forward, in training mode only.
+    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`; without `distributional` N = 1, and they
+    are Q-values. As in the authors' code nothing stands between the experts' output tokens and the heads: no ReLU, no
+    residual, no norm. Without dueling `advantage` alone gives the logits. Noise, a fresh draw per sample and forward,
+    in training mode only.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
@@ -214,15 +216,16 @@ class QNetwork(nn.Module):
             layers = {"softmoe": moe.SoftMoE, "top1moe": moe.Top1MoE, "expert_choice": moe.ExpertChoiceMoE}
             sizes = (num_tokens, token_dim, args.num_experts, args.expert_hidden_dim)
             self.moe = layers[args.layer](*sizes, **options)
-        self.advantage = moe.linear(num_features, num_actions * args.num_atoms, noisy=args.noisy)
-        self.value = moe.linear(num_features, args.num_atoms, noisy=args.noisy) if args.dueling else None
-        self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)  # (N,)
+        self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
+        self.advantage = moe.linear(num_features, num_actions * num_atoms, noisy=args.noisy)
+        self.value = moe.linear(num_features, num_atoms, noisy=args.noisy) if args.dueling else None
+        self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, num_atoms), persistent=False)  # (N,)
         # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
         self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
-        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+        x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
         x = self.encoder(x)  # (B, C, h, w)
         output = self.moe(self.tokenizer(x))
         return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)
@@ -236,7 +239,11 @@ class QNetwork(nn.Module):
 
     def q_values(self, obs: Tensor) -> Tensor:
         """(B, 4, H, W) uint8 -> (B, A): expected returns."""
-        return self(obs)[0].softmax(dim=2) @ self.support
+        return self.expected(self(obs)[0])
+
+    def expected(self, logits: Tensor) -> Tensor:
+        """(B, A, N) -> (B, A)."""
+        return logits.softmax(dim=2) @ self.support if self.distributional else logits[:, :, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -278,27 +285,33 @@ def augment(obs: Tensor, padding: int = 4) -> Tensor:
 
 
 def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: Args) -> tuple:
-    """Cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017, algorithm 1).
+    """C51's loss; without `distributional` DQN's, as in DrQ(eps).
 
-    Returns the loss (0-D), weighted by the importance weights, metrics, and the online network's MoEOutput or None. The
-    metrics are 0-D, but `losses` (B,) for the priorities.
+    C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017, algorithm
+    1). DQN: Huber loss to `reward + discount * Q_target(next_obs, a)`. Returns the loss (0-D), weighted by the
+    importance weights, metrics, and the online network's MoEOutput or None. The metrics are 0-D, but `losses` (B,) for
+    the priorities.
     """
     if args.augment:
-        batch = batch._replace(obs=augment(batch.obs), next_obs=augment(batch.next_obs))
+        batch = Batch(augment(batch.obs), *batch[1:4], augment(batch.next_obs), *batch[5:])
     support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
+    q_taken = q_network.expected(logits).gather(1, batch.action[:, None])[:, 0]  # (B,)
     with torch.no_grad():
-        next_probs = target_network(batch.next_obs)[0].softmax(dim=2)  # (B, A, N)
-        next_q = q_network.q_values(batch.next_obs) if args.double else next_probs @ support  # (B, A)
+        next_logits = target_network(batch.next_obs)[0]  # (B, A, N)
+        next_q = q_network.q_values(batch.next_obs) if args.double else target_network.expected(next_logits)  # (B, A)
+        next_logits = next_logits.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
+    if args.distributional:
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
-        next_probs = next_probs.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
-        target_probs = project_distribution(atoms, next_probs, support)  # (B, N)
-    # Indexing, [rows, actions], would do as well, but sorts in its gradient.
-    log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
-    losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
+        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
+        # Indexing, [rows, actions], would do as well, but sorts in its gradient.
+        log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
+        losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
+    else:
+        target = batch.reward + batch.discount * next_logits[:, 0]  # (B,)
+        losses = F.smooth_l1_loss(q_taken, target, reduction="none")  # (B,)
     loss = (batch.importance_weights * losses).mean()
-    q_taken = log_probs.detach().exp() @ support  # (B,)
-    metrics = {"td_loss": loss.detach(), "q_values": q_taken.mean(), "losses": losses.detach()}
+    metrics = {"td_loss": loss.detach(), "q_values": q_taken.detach().mean(), "losses": losses.detach()}
     if args.load_balancing != "none":
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
         loss, metrics["load_balancing_loss"] = loss + balancing, balancing.detach()
@@ -504,8 +517,9 @@ class Environments:
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = max(1, min(num_envs, cores - 1))  # they spin: leave the learner a core
-            game = {"repeat_action_probability": args.sticky_actions, "noop_max": args.noop_max + 1}  # it draws fewer
-            game |= {"max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS, "use_fire_reset": False}
+            game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
+            # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
+            game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
         else:
@@ -734,6 +748,11 @@ class Agent:
         losses = metrics.pop("losses")
         return metrics, output, losses
 
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Copy the weights to the target network, in one launch."""
+        torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])
+
     def save(self, path: Path, progress: dict) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
         if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
@@ -829,6 +848,7 @@ def check_args(args: Args) -> None:
         ("impala_filter", args.encoder == "impala", "--encoder impala"),
         ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
         ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
+        ("num_atoms v_min v_max", args.distributional, "--distributional"),
         ("end_epsilon epsilon_decay_steps", not args.noisy, "--no-noisy"),
     ):
         for name in names.split():
@@ -988,12 +1008,13 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
     """What runs, for the console."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
     frames, threads = agent.replay.frames, f"CPU, {torch.get_num_threads()} threads"
-    components = [name for name in ("double", "dueling", "noisy", "prioritized") if getattr(args, name)]
+    components = [f"{args.num_atoms} atoms" if args.distributional else "Huber loss", f"{args.n_step}-step"]
+    components += [name for name in ("double", "dueling", "noisy", "prioritized") if getattr(args, name)]
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
   environment  {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
   network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
   parameters   {sum(sizes.values()):,} = {" + ".join(f"{name} {size:,}" for name, size in sizes.items() if size)}
-  Rainbow      {", ".join([f"{args.num_atoms} atoms", f"{args.n_step}-step", *components])}
+  Rainbow      {", ".join(components)}
   replay       {args.buffer_size:,} transitions, {frames.nbytes / 1e9:.2f} GB on the {frames.device} when full
   training     {args.total_timesteps:,} agent steps, {args.replay_ratio:g} updates of {args.batch_size} per step
   device       {torch.cuda.get_device_name() if agent.device.type == "cuda" else threads}
@@ -1085,7 +1106,7 @@ def main(args: Args) -> None:
                 outcome = reward.clip(-1, 1), terminated, truncated
                 global_step += args.num_envs
                 if due(args.target_network_frequency):
-                    agent.target_network.load_state_dict(agent.q_network.state_dict())
+                    agent.update_target()
 
                 episode_return += reward
                 episode_length += 1

@@ -73,7 +73,7 @@ class Args:
     # Environment
     num_envs: int = 4  # environments stepped in parallel; one round is `num_envs` agent steps
     sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 0  # random no-ops at an episode's start, at most (paper: 0; DER: 30; Atari only)
+    noop_max: int = 0  # a game starts with 0 to this - 1 no-op steps (paper: 0; DER: 30, 0 to 116 frames; Atari only)
     terminal_on_life_loss: bool = False  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
@@ -208,7 +208,7 @@ class QNetwork(nn.Module):
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
-        x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+        x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
         x = self.encoder(x)  # (B, C, h, w)
         output = self.moe(self.tokenizer(x))
         return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)
@@ -419,8 +419,9 @@ class Environments:
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = max(1, min(num_envs, cores - 1))  # they spin: leave the learner a core
-            game = {"repeat_action_probability": args.sticky_actions, "noop_max": args.noop_max + 1}  # it draws fewer
-            game |= {"max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS, "use_fire_reset": False}
+            game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
+            # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
+            game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
         else:
@@ -640,6 +641,11 @@ class Agent:
         loss.backward()
         self.optimizer.step()
         return metrics, output
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Copy the weights to the target network, in one launch."""
+        torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])
 
     def save(self, path: Path, progress: dict) -> None:
         """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
@@ -986,7 +992,7 @@ def main(args: Args) -> None:
                 outcome = reward.clip(-1, 1), terminated, truncated
                 global_step += args.num_envs
                 if due(args.target_network_frequency):
-                    agent.target_network.load_state_dict(agent.q_network.state_dict())
+                    agent.update_target()
 
                 episode_return += reward
                 episode_length += 1
