@@ -275,12 +275,11 @@ def augment(obs: Tensor, padding: int = 4) -> Tensor:
 
     Returns float32. Differs from the authors' code, whose crop leaves out the last of the 2 * padding + 1 places.
     """
-    B, C, H, W = obs.shape
-    shift = torch.randint(-padding, padding + 1, (2, B, 1), device=obs.device)
-    row = (torch.arange(H, device=obs.device) + shift[0]).clamp(0, H - 1)[:, None, :, None]  # (B, 1, H, 1)
-    column = (torch.arange(W, device=obs.device) + shift[1]).clamp(0, W - 1)[:, None, None, :]  # (B, 1, 1, W)
-    sample, channel = (torch.arange(n, device=obs.device) for n in (B, C))
-    shifted = obs[sample[:, None, None, None], channel[:, None, None], row, column]
+    B, _, H, W = obs.shape
+    padded = F.pad(obs.float(), [padding] * 4, mode="replicate")
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, 4, places, places, H, W), without a copy
+    row, column = torch.randint(2 * padding + 1, (2, B), device=obs.device)
+    shifted = windows[torch.arange(B, device=obs.device), :, row, column]  # (B, 4, H, W)
     return shifted * (1 + 0.05 * torch.randn(B, 1, 1, 1, device=obs.device).clamp(-2, 2))
 
 

@@ -88,7 +88,8 @@ def main(options: Options) -> None:
     envs = dqn_softmoe.Environments(args, 1)
     if not envs.game:
         raise ValueError(f"--env-id {args.env_id}: only Atari games have colours to show")
-    same = {"repeat_action_probability": args.sticky_actions, "noop_max": args.noop_max + 1, "use_fire_reset": False}
+    same = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
+    same |= {"noop_max": max(4 * args.noop_max - 3, 1)}  # as in `Environments`
     look = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1, "reward_clipping": False}
     colour = AtariVectorEnv(envs.game, 1, **same, **look, num_threads=1)
     frame, screen = envs.reset(options.seed), colour.reset(seed=options.seed)[0]

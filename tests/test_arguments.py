@@ -455,7 +455,7 @@ def test_arguments_of_atari_reach_it(monkeypatch):
         return SimpleNamespace(single_observation_space=frames, single_action_space=actions, settings=settings)
 
     monkeypatch.setattr(dqn_softmoe, "AtariVectorEnv", make)
-    for given, expected in [({}, (0.25, 1, False)), (ATARI, (0.1, 31, True))]:  # ale-py draws fewer no-ops than that
+    for given, expected in [({}, (0.25, 1, False)), (ATARI, (0.1, 117, True))]:  # ale-py draws fewer no-ops than that
         envs = Environments(Args(**given), 2)
         settings = envs.envs.settings
         assert (settings["repeat_action_probability"], settings["noop_max"], envs.life_loss) == expected

@@ -151,20 +151,24 @@ def test_projection_scatters_nothing():
 class Table(nn.Module):
     """Logits read from a table by the first pixel of the newest frame; remembers what it saw."""
 
+    expected = QNetwork.expected
+
     def __init__(self, logits, support):
         super().__init__()
         self.logits, self.support, self.seen = nn.Parameter(logits), support, []  # logits: (pixels, A, N)
+        self.distributional = len(support) > 1
 
     def forward(self, obs):
         self.seen.append(obs)
         return self.logits[obs[:, -1, 0, 0].long() % len(self.logits)], None
 
     def q_values(self, obs):
-        return self(obs)[0].softmax(dim=2) @ self.support
+        return self.expected(self(obs)[0])
 
 
 def random_table(args):
-    return Table(3 * torch.randn(48, A, args.num_atoms), torch.linspace(args.v_min, args.v_max, args.num_atoms))
+    num_atoms = args.num_atoms if args.distributional else 1
+    return Table(3 * torch.randn(48, A, num_atoms), torch.linspace(args.v_min, args.v_max, num_atoms))
 
 
 def softmax(logits):
@@ -183,6 +187,13 @@ def loss_oracle(logits, online_next, target_next, batch, args):
     losses, values, actions = [], [], []
     for i, action in enumerate(batch.action.tolist()):
         chooser = online_next[i] if args.double else target_next[i]
+        if not args.distributional:
+            actions.append(np.argmax(chooser))
+            bootstrap = batch.discount[i].item() * target_next[i][actions[-1]][0]
+            values.append(logits[i][action][0])
+            error = abs(values[-1] - batch.reward[i].item() - bootstrap)
+            losses.append(0.5 * error**2 if error < 1 else error - 0.5)  # Huber's, delta 1
+            continue
         q_next = [mean_of(softmax(row), support) for row in chooser]
         actions.append(max(range(len(q_next)), key=q_next.__getitem__))
         atoms = [batch.reward[i].item() + batch.discount[i].item() * z for z in support]
@@ -209,10 +220,11 @@ def pixels(values):
 
 
 @pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("distributional", [True, False], ids=["c51", "values"])
 @pytest.mark.parametrize("kind", ["table", "dueling", "advantage alone"])
-def test_td_loss_is_the_loop_s(script, double, kind):
+def test_td_loss_is_the_loop_s(script, double, distributional, kind):
     """Networks that disagree about the best next action; losses are unweighted, the loss is weighted."""
-    settings = {"double": double, "dueling": kind == "dueling", "noisy": False}
+    settings = {"double": double, "distributional": distributional, "dueling": kind == "dueling", "noisy": False}
     (online, args), (target, _) = (network(script, **settings) for _ in range(2))
     obs, next_obs = random_obs(24), random_obs(24)
     if kind == "table":
@@ -221,7 +233,7 @@ def test_td_loss_is_the_loop_s(script, double, kind):
     else:  # the target shifts online's preferences by one action
         nn.init.normal_(online.advantage.weight, std=30.0)
         target.load_state_dict(online.state_dict())
-        target.advantage.weight.data = online.advantage.weight.data.roll(args.num_atoms, 0)
+        target.advantage.weight.data = online.advantage.weight.data.roll(args.num_atoms if distributional else 1, 0)
         nn.init.normal_(target.advantage.bias, std=0.1)
     batch = make_batch(script, obs, next_obs)
     with torch.no_grad():
