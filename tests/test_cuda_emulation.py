@@ -103,9 +103,9 @@ FAULTS = {
         "return self.act(frame, terminated | truncated, float(epsilon))",
     ),
     "the target network gets new memory": (
-        "agent.target_network.load_state_dict(agent.q_network.state_dict())",
-        "agent.target_network.load_state_dict("
-        "{name: x.clone() for name, x in agent.q_network.state_dict().items()}, assign=True)",
+        "torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])",
+        "self.target_network.load_state_dict("
+        "{name: x.clone() for name, x in self.q_network.state_dict().items()}, assign=True)",
     ),
     "no warm-up: Adam's state is made in the capture": ("warmup: int = 10", "warmup: int = 0"),
     "the default stream": ("        torch.cuda.set_stream(torch.cuda.Stream())", "        pass"),
@@ -214,7 +214,7 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, data, mo
             agent.store(flag.float().numpy(), flag.numpy(), flag.clone().numpy())  # as before a checkpoint
         for _ in range(2):
             agent.learn()
-            agent.target_network.load_state_dict(agent.q_network.state_dict())
+            agent.update_target()
             agent.q_network.eval().q_values(torch.zeros(3, 4, 12, 12, dtype=torch.uint8))
             agent.q_network.train()
         batch = agent.replay.sample(32) if online else agent.data.sample(32)

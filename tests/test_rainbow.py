@@ -573,6 +573,12 @@ def test_supports_that_are_none_are_refused(overrides):
         rainbow_softmoe.check_args(Args(**overrides))
 
 
+def test_atoms_are_refused_where_there_are_none(script):
+    for given in ({"num_atoms": 21}, {"v_min": -5.0}, {"v_max": 5.0}):
+        with pytest.raises(ValueError, match=f"--{[*given][0].replace('_', '-')} .*--distributional"):
+            script.check_args(script.Args(distributional=False, **given))
+
+
 def test_epsilon_s_arguments_are_refused_where_noise_explores():
     for given in ({"end_epsilon": 0.05}, {"epsilon_decay_steps": 1000}):
         with pytest.raises(ValueError, match=f"--{[*given][0].replace('_', '-')} .*--no-noisy"):
@@ -586,7 +592,7 @@ SHARED = {"layer": "softmoe", "num_experts": 4, "expert_hidden_dim": 512, "token
 SHARED |= {"capacity_factor": 1.0, "normalize_router": False, "learned_phi": True, "load_balancing": "none"}
 SHARED |= {"importance_weight": 1.0, "load_weight": 1.0, "encoder_width": 1, "buffer_size": 1_000_000}
 SHARED |= {"batch_size": 32, "gamma": 0.99, "adam_eps": 1.5e-4, "num_atoms": 51, "v_min": -10.0, "v_max": 10.0}
-SHARED |= {"double": True, "dueling": True, "noisy": True, "prioritized": True}
+SHARED |= {"distributional": True, "double": True, "dueling": True, "noisy": True, "prioritized": True}
 SHARED |= {"end_epsilon": 0.01, "eval_epsilon": 0.001}
 RAINBOW = {"num_envs": 4, "total_timesteps": 50_000_000, "iteration_steps": 250_000, "sticky_actions": 0.25}
 RAINBOW |= {"noop_max": 0, "terminal_on_life_loss": False, "encoder": "impala", "n_step": 3, "replay_ratio": 0.25}
