@@ -12,7 +12,8 @@ import time
 import pytest
 from conftest import ROOT, checkpoint
 
-FIGURES = sorted([*ROOT.glob("scripts/fig*.sh"), ROOT / "scripts" / "tokenize_ablation.sh"])
+FIGURE = ROOT / "scripts" / "figure.sh"
+FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 tokenize".split()
 PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
 SMALL = "--encoder nature --expert-hidden-dim 16 --learning-starts 200 --buffer-size 1000 --iteration-steps 200 "
 SMALL += "--eval-episodes 1 --target-network-frequency 100 --no-cuda"
@@ -23,35 +24,60 @@ def shell(*command, cwd=ROOT, **settings):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | settings)
 
 
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem)
+def parse(line, monkeypatch):
+    """Script and Args of a line, checked as the script itself does."""
+    _, script, *flags = shlex.split(line)
+    script = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
+    args = script.parse_args()
+    script.check_args(args)
+    return script.__name__, args
+
+
+@pytest.mark.parametrize("figure", FIGURES)
 def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
-    done = shell(figure, GAMES="Pong", SEEDS="1 2", STEPS="77777")
+    done = shell(FIGURE, figure, GAMES="Pong", SEEDS="1 2", STEPS="77777")
     lines = done.stdout.splitlines()
     assert done.stderr == "" and len(lines) == len(set(lines)) > 3 and len(lines) % 2 == 0
     names = set()
     for line in lines[::2]:
-        python, script, *flags = shlex.split(line)
-        script = importlib.import_module(script.removesuffix(".py"))
-        monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
-        args = script.parse_args()
-        script.check_args(args)
-        assert (python, args.seed, args.env_id, args.resume) == ("python", 1, "PongNoFrameskip-v4", "auto")
+        _, args = parse(line, monkeypatch)
+        assert (args.seed, args.env_id, args.resume) == (1, "PongNoFrameskip-v4", "auto")
         assert 77_777 in (getattr(args, "total_timesteps", None), getattr(args, "total_updates", None))
         names.add(args.run_name)
     assert len(names) == len(lines) / 2
-    told = shell(figure, "--help")
+
+
+def test_help_has_every_figure_and_no_command_of_a_list():
+    told = shell(FIGURE, "--help")
     assert told.returncode == 0 and "GAMES" in told.stdout and "python " not in told.stdout
+    figures = {name for line in told.stdout.splitlines() for name in line[:11].replace(",", "").split()}
+    assert set(FIGURES) - {"13"} <= figures and "13 to 15" in told.stdout
 
 
 def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
-    lines = shell(ROOT / "scripts" / "fig12_low_data.sh").stdout.splitlines()
-    assert len(lines) == 26 * 5 * 5 and not any("--total" in line for line in lines)
+    lines = shell(FIGURE, "12").stdout.splitlines()
+    assert len(lines) == 2 * 3 * 26 * 5 and not any("--total" in line for line in lines)
     one = {"GAMES": "Pong", "SEEDS": "3", "FLAGS": "--eval-episodes 7", "RUNS_DIR": "elsewhere"}
-    line = shell(ROOT / "scripts" / "fig12_low_data.sh", **one).stdout.splitlines()[0]
+    line = shell(FIGURE, "12", **one).stdout.splitlines()[0]
     assert (
         "--eval-episodes 7" in line and "--runs-dir elsewhere --run-name Pong__der__" in line and "-7__seed3 " in line
     )
-    assert len(shell(ROOT / "scripts" / "fig1_experts.sh").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
+    assert len(shell(FIGURE, "1").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
+    assert shell(FIGURE, "17").stdout == shell(FIGURE, "11").stdout
+
+
+@pytest.mark.parametrize("figure, experts", [("12", 8), ("16", 4)])
+def test_low_data_has_both_agents_with_three_layers(figure, experts, monkeypatch):
+    lines = shell(FIGURE, figure, GAMES="Pong", SEEDS="1").stdout.splitlines()
+    found = [parse(line, monkeypatch) for line in lines]
+    layers = [("dense", 1), ("top1moe", experts), ("softmoe", experts)]
+    assert [(name, args.layer, args.num_experts) for name, args in found] == [("der_softmoe", *x) for x in 2 * layers]
+    for _, args in found[:3]:
+        assert args.distributional and args.noisy and args.prioritized and not args.augment
+    for _, args in found[3:]:
+        assert not (args.distributional or args.noisy or args.prioritized) and args.augment
+        assert (args.target_network_frequency, args.epsilon_decay_steps, args.encoder) == (1, 5_000, "impala")
 
 
 @pytest.fixture
@@ -167,7 +193,22 @@ def test_what_cannot_be_swept_is_one_line(tmp_path, given):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("name", ["RUNS_DIR", "DATA"])
-def test_a_folder_whose_name_would_fall_apart_is_one_line(name):
-    done = shell(ROOT / "scripts" / "fig11_offline.sh", **{name: "my runs"})
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
+WRONG = [
+    (["11"], {"RUNS_DIR": "my runs"}, "no spaces"),
+    (["11"], {"DATA": "my data"}, "no spaces"),
+    (["1"], {"GAMES": "Pong Brekout"}, "Brekout is no Atari game"),
+    (["1"], {"SEEDS": "1 two"}, "not two"),
+    (["1"], {"STEPS": "1e6"}, "not 1e6"),
+    (["10"], {"WEIGHTS_EVERY": "often"}, "not often"),
+    (["2"], {}, "no figure 2"),
+    ([], {}, "no figure"),
+    (["1", "--plto", "x"], {}, "--plto is no option"),
+    (["1", "--plot"], {}, "needs a folder"),
+]
+
+
+@pytest.mark.parametrize("given, settings, words", WRONG)
+def test_what_a_figure_cannot_be_made_of_is_one_line(given, settings, words):
+    done = shell(FIGURE, *given, **settings)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: "), done
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
