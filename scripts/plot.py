@@ -1,45 +1,62 @@
-"""Scores to figures: IQM by method and by experts, learning curves, performance profiles, probability of improvement.
+"""Scores to figures: IQM by method and over a flag, learning curves, performance profiles, probability of improvement.
 
     python scripts/plot.py results.csv -o figures
+    python scripts/plot.py results.csv --x replay_ratio       # or any other column: num_experts, parameters, ...
+    python scripts/plot.py results.csv --published scripts/drq_eps_100k.csv
 
-Reads what collect.py writes. A method is a layer, its number of experts and a setting. Makes <agent>_methods,
-_experts, _curves, _profiles and _improvement, each as PNG and PDF, readable in grey, with its numbers as CSV.
-Aggregates are those of rliable (Agarwal et al., 2021) over human-normalised scores: interquartile mean, intervals that
-hold 95% of a bootstrap stratified by game. A run's score is its evaluation after training in DER, its last iteration in
-the others. Only games and seeds that all methods of an agent have count; which ones is said. The authors' published
-curves (dense networks, Breakout and Pong, five seeds: minimum to maximum) are a band beside ours.
+Reads what collect.py writes. A method is a layer, its number of experts, and the other flags in which an agent's runs
+differ. Makes <agent>_methods, _<x>, _curves, _profiles, _improvement and _published, each as PNG and PDF, with its
+numbers as CSV. Aggregates are those of Agarwal et al. (2021) over human-normalised scores, equal to rliable's:
+interquartile mean, intervals that hold 95% of a bootstrap stratified by game. They use the runs that are there, on the
+games that all methods of an agent have; runs that lack are listed. Where no game of an agent has a human score, its
+scores are scaled per game from the lowest to the highest of all runs.
+A run's score is its evaluation after training in DER and DrQ(eps), in the others the iteration at the last step that
+all runs of the agent have. Beside ours, curves show the authors' published ones (dense networks, Breakout and Pong,
+five seeds: minimum to maximum). --published compares evaluations with other people's seeds, such as the 100 of DrQ(eps)
+in drq_eps_100k.csv (rliable's Atari-100k data, as kept in the repository eloialonso/iris, results/data/DrQ(eps).json).
 """
 
 import csv
 import importlib
 import itertools
+import re
 import sys
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 try:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from rliable import library, metrics
+    from matplotlib.colors import to_rgb
+    from matplotlib.ticker import EngFormatter
 except ImportError as error:
     print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
     raise SystemExit(2) from None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore", category=FutureWarning, module="arch")
-plt.rcParams |= {"font.size": 7, "lines.linewidth": 1, "figure.constrained_layout.use": True, "legend.frameon": False}
+plt.rcParams |= {"font.size": 7, "lines.linewidth": 1.2, "figure.constrained_layout.use": True, "legend.frameon": False}
 WIDTH = 3.3  # inches of a column
-STYLES = [(style, grey) for grey in ("0.0", "0.4", "0.6", "0.8") for style in ("-", "--", ":", "-.")]
-MARKERS = "os^Dv<>P"
+LAYERS = {  # name and colour (Okabe and Ito's palette)
+    "dense": ("Dense", "#D55E00"),
+    "gap": ("Average pooling", "#E69F00"),
+    "tokenized": ("Dense on tokens", "#56B4E9"),
+    "top1moe": ("Top-1 MoE", "#009E73"),
+    "expert_choice": ("Expert choice", "#CC79A7"),
+    "softmoe": ("Soft MoE", "#0072B2"),
+}
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+SIZES = {"num_experts", "expert_hidden_dim", "encoder_width"}  # flags that a line over `parameters` runs through
+LOW_DATA = ("DER", "DrQ(eps)")  # agents whose score is the evaluation after training
+CURVES = 6  # methods in a panel of curves, unless --methods names others
+LONG, SMOOTH = 25, 5  # curves of at least so many iterations are means of so many
+NUMBER = re.compile(r"\d[\d.]*(e[+-]?\d+)?")
 REFERENCE = Path(__file__).with_name("reference_curves.csv")
 
 
@@ -47,239 +64,477 @@ REFERENCE = Path(__file__).with_name("reference_curves.csv")
 class Options:
     results: Annotated[Path, tyro.conf.Positional]  # the CSV file of collect.py
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("figures")  # folder
+    x: str = "num_experts"  # column over which the IQM of each method is a line
+    methods: tuple[str, ...] = ()  # methods whose curves are drawn, as legends name them (default: at most six)
+    published: Path | None = None  # CSV file of published scores: game, runs, q05, median, q95
     repetitions: int = 2_000  # bootstrap samples
     seed: int = 1  # of the bootstrap
 
 
-def method_of(row: dict) -> tuple[str, int, str]:
-    return row["layer"], int(row["experts"]), row["setting"]
+class Run(NamedTuple):
+    agent: str
+    game: str
+    seed: int
+    method: tuple  # pairs of a flag and its value
+    encoder: str
+    parameters: float
+    step: np.ndarray  # of every iteration: agent step, or update
+    score: np.ndarray  # raw
+    normalized: np.ndarray  # in %, nan where the game has no human score
+    evaluation: tuple[float, float] | None  # raw and normalised score after training
+
+
+def number(text: str) -> float:
+    return float(text) if text else np.nan
+
+
+def named_flags(flags: list[str], runs: list[dict]) -> dict[str, list[str]]:
+    """Layer -> flags that tell its methods apart, from each other and from those of another layer."""
+    values = defaultdict(lambda: defaultdict(set))
+    for run, flag in itertools.product(runs, flags):
+        values[run["layer"]][flag].add(run[flag])
+
+    def tells(own: dict, flag: str) -> bool:
+        return len(own[flag]) > 1 or any(not own[flag] <= other[flag] for other in values.values())
+
+    return {layer: [flag for flag in flags if flag in flags[:2] or tells(own, flag)] for layer, own in values.items()}
+
+
+def read(path: Path) -> tuple[dict[str, list[Run]], list[str]]:
+    """Agent -> its runs, and the columns that --x may name."""
+    with open(path, newline="") as file:
+        lines = csv.reader(file)
+        header = next(lines, [])
+        if "encoder_parameters" not in header:
+            raise ValueError(f"{path} is no table of collect.py's")
+        width = header.index("iteration")
+        found = [(key, [line[width:] for line in rows]) for key, rows in itertools.groupby(lines, lambda x: x[:width])]
+    flags, agents = header[2 : header.index("seed")], defaultdict(list)
+    for key, rows in found:
+        run = dict(zip(header, key, strict=False))
+        agents[run["agent"]].append((run, rows))
+    result = {}
+    for agent, runs in sorted(agents.items()):
+        names, result[agent] = named_flags(flags, [run for run, _ in runs]), []
+        for run, rows in runs:
+            numbers = np.array(
+                [[*map(number, (step, score, normal))] for i, step, _, score, normal in rows if i != "eval"]
+            )
+            evaluation = [(number(score), number(normal)) for i, *_, score, normal in rows if i == "eval"]
+            method = tuple((name, run[name]) for name in names[run["layer"]])
+            encoder = run.get("encoder", "nature" if agent in LOW_DATA else "impala")
+            which = agent, run["game"], int(run["seed"]), method, encoder, number(run["parameters"])
+            result[agent].append(Run(*which, *numbers.reshape(-1, 3).T, *(evaluation or [None])))
+    return result, [*flags[1:], "parameters"]
 
 
 def label(method: tuple) -> str:
-    layer, experts, setting = method
-    return f"{layer} x{experts} {setting}".strip()
+    words = dict(method)
+    layer, experts = words.pop("layer"), words.pop("num_experts", None)
+    found = [LAYERS[layer][0]]
+    if experts and "moe" not in layer and layer != "expert_choice":
+        found += [f"width x{experts}"] * (experts != "1")
+    elif experts:
+        found.append(f"{experts} expert{'s' * (experts != '1')}")
+    for name, value in words.items():
+        name, value = name.replace("_", " "), f"{float(value):g}" if NUMBER.fullmatch(value) else value
+        found.append({"True": name, "False": f"no {name}"}.get(value, f"{name} {value}"))
+    return ", ".join(found)
 
 
-def columns_of(method: tuple) -> dict:
-    return dict(zip(("layer", "experts", "setting"), method, strict=True))
+def order(method: tuple) -> list:
+    """Key that sorts methods by layer, then by their flags as numbers where these are."""
+    (_, layer), *flags = method
+    values = [(float(value), "") if NUMBER.fullmatch(value) else (0.0, value) for _, value in flags]
+    return [list(LAYERS).index(layer), *values]
+
+
+def looks(methods: list[tuple]) -> dict[tuple, dict]:
+    """Method -> how its line looks: a hue per layer, its last method the darkest, and dashes for readers in grey."""
+    found, ranked = {}, sorted(methods, key=order, reverse=True)
+    for i, (layer, those) in enumerate(itertools.groupby(ranked, lambda method: method[0][1])):
+        those = list(those)
+        for j, method in enumerate(those):
+            light = 0.55 * j / max(len(those) - 1, 1)
+            color = tuple(light + (1 - light) * part for part in to_rgb(LAYERS[layer][1]))
+            found[method] = {"color": color, "ls": DASHES[(i + j) % 4], "marker": "osD^v<>P"[(i + j) % 8]}
+    return found
 
 
 def save(figure, rows: list[dict], path: Path) -> None:
     for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=300)
+        figure.savefig(path.with_suffix(suffix), dpi=200)
     plt.close(figure)
     with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
     print(path.with_suffix(".png"))
 
 
+def file_name(agent: str, picture: str) -> str:
+    return re.sub(r"\W+", "_", agent.lower()).strip("_") + f"_{picture}"  # drq_eps_curves
+
+
+def width_of(methods) -> float:
+    """Inches of a picture with a row per method."""
+    return WIDTH + max(0.0, 0.055 * max(len(label(method)) for method in methods) - 1)
+
+
 def legend(figure, handles: list, labels: list[str]) -> None:
     """Below the axes, in as many columns as fit; the figure grows by it."""
     width, height = figure.get_size_inches()
-    columns = max(1, int(width / (0.4 + 0.055 * max(map(len, labels)))))
+    columns = max(1, int(width / (0.45 + 0.055 * max(map(len, labels)))))
     figure.set_size_inches(width, height + 0.14 * -(-len(labels) // columns) + 0.1)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def final_scores(rows: list[dict]) -> dict[tuple, dict[tuple, float]]:
-    """Method -> (game, seed) -> human-normalised score at the end."""
-    found = defaultdict(dict)
-    for row in rows:  # iterations are in their order
-        if row["normalized"] and (row["iteration"] == "eval") == (row["agent"] == "der"):
-            found[method_of(row)][row["game"], int(row["seed"])] = float(row["normalized"])
-    return found
-
-
-def common(scores: dict) -> tuple[list[str], list[int]]:
-    """Games and seeds that all methods have."""
-    runs = set.intersection(*(set(found) for found in scores.values())) if scores else set()
-    games = sorted({game for game, _ in runs})
-    return games, sorted({seed for _, seed in runs if all((game, seed) in runs for game in games)})
-
-
-def intervals(scores: dict, function, options: Options) -> tuple[dict, dict]:
-    """Name -> estimates, and name -> (2, estimates) bounds."""
-    random, found = np.random.RandomState(options.seed), ({}, {})
-    for name in tqdm(scores, desc="bootstrap", leave=False, dynamic_ncols=True):
-        given = {"reps": options.repetitions, "random_state": random}
-        estimates = library.get_interval_estimates({name: scores[name]}, function, **given)
-        for whole, part in zip(found, estimates, strict=True):
-            whole.update(part)
-    return found
-
-
-def plot_scores(agent: str, scores: dict, options: Options) -> None:
-    """IQM of each method; and over experts, of layers and settings with several numbers of them."""
-    points, bounds = intervals(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), options)
-    rows = [
-        columns_of(method) | {"iqm": points[method][0], "low": low, "high": high, "runs": scores[method].size}
-        for method, ((low,), (high,)) in bounds.items()
+# ------------------------------------------------------------------------------------------------------- statistics
+def draws(sizes: list[int], options: Options) -> np.ndarray:
+    """Runs of bootstrap samples (repetitions, runs): of each game, as many as it has, among its own."""
+    random, starts = np.random.default_rng(options.seed), np.cumsum([0, *sizes])
+    columns = [
+        start + random.integers(n, size=(options.repetitions, n)) for start, n in zip(starts, sizes, strict=False)
     ]
-    found = [[row[name] for row in rows] for name in ("iqm", "low", "high")]
-    iqm, low, high = map(np.array, found)
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.17 * len(rows)))
-    axes.errorbar(iqm, list(map(label, scores)), xerr=np.stack([iqm - low, high - iqm]), fmt="ok", ms=3, capsize=2)
-    axes.set(xlabel="IQM, % of human", ylim=(len(rows) - 0.5, -0.5))
-    save(figure, rows, options.output / f"{agent}_methods")
+    return np.concatenate(columns, axis=1)
 
-    lines = defaultdict(list)
-    for row in rows:
-        lines[row["layer"], row["setting"]].append([row[name] for name in ("experts", "iqm", "low", "high")])
-    lines = {name: np.array(sorted(line)).T for name, line in lines.items() if len(line) > 1}
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Mean of the last axis without the lowest and the highest quarter."""
+    n = scores.shape[-1]
+    return np.sort(scores, axis=-1)[..., n // 4 : n - n // 4].mean(axis=-1)
+
+
+def bounds(samples: np.ndarray) -> np.ndarray:
+    """95% of the samples (repetitions, ...) are between these (2, ...)."""
+    return np.percentile(samples, (2.5, 97.5), axis=0)
+
+
+def improvement(x: list[np.ndarray], y: list[np.ndarray], options: Options) -> tuple[float, np.ndarray]:
+    """P(a run of x beats one of y on a random game), and its interval; x and y have an array of scores per game."""
+    other = Options(**vars(options) | {"seed": options.seed + 1})  # x and y are drawn apart
+    drawn = draws([*map(len, x)], options), draws([*map(len, y)], other)
+    total, samples = 0.0, np.zeros(options.repetitions)
+    for one, two, i, j in zip(x, y, *(np.cumsum([0, *map(len, scores)]) for scores in (x, y)), strict=False):
+        wins = (one[:, None] > two) + 0.5 * (one[:, None] == two)
+        a, b = drawn[0][:, i : i + len(one)] - i, drawn[1][:, j : j + len(two)] - j
+        total += wins.mean() / len(x)
+        samples += wins[a[:, :, None], b[:, None, :]].mean(axis=(1, 2)) / len(x)
+    return total, bounds(samples)
+
+
+def scores_at(runs: list[Run], steps: np.ndarray, column: str) -> np.ndarray:
+    """Scores (runs, steps): of the last iteration until each step; long curves are means of SMOOTH iterations."""
+    found = []
+    for run in runs:
+        values = getattr(run, column)
+        if len(values) >= LONG:
+            sums = np.cumsum([0.0, *values])
+            first = np.maximum(np.arange(1, len(values) + 1) - SMOOTH, 0)
+            values = (sums[1:] - sums[first]) / (np.arange(1, len(values) + 1) - first)
+        found.append(values[np.searchsorted(run.step, steps, side="right") - 1])
+    return np.array(found)
+
+
+def common_steps(runs: list[Run]) -> np.ndarray:
+    """The steps of iterations from where all runs have begun to where the first of them ends."""
+    steps = np.unique(np.concatenate([run.step for run in runs]))
+    return steps[(steps >= max(run.step[0] for run in runs)) & (steps <= min(run.step[-1] for run in runs))]
+
+
+def scaled(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
+    """The runs with scores to aggregate, and their unit; games without a human score only count if no game has one."""
+    without = sorted({run.game for run in runs if not np.isfinite(run.normalized[-1:]).all()})
+    if len(without) < len({run.game for run in runs}):
+        if without:
+            print(f"{agent}: {', '.join(without)} have no human score and are in no aggregate")
+        return [run for run in runs if run.game not in without], "% of human"
+    ends, found = {}, []
+    for run in runs:
+        low, high = ends.get(run.game, (np.inf, -np.inf))
+        values = [*run.score, *(run.evaluation or ())[:1]]
+        ends[run.game] = min(low, *values), max(high, *values)
+    for run in runs:
+        low, high = ends[run.game]
+        evaluation = run.evaluation and (run.evaluation[0], 100 * (run.evaluation[0] - low) / (high - low or 1))
+        found.append(run._replace(normalized=100 * (run.score - low) / (high - low or 1), evaluation=evaluation))
+    return found, "% of the range of all runs"
+
+
+def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, list[np.ndarray]], str]:
+    """Method -> scores per game, of the games that all methods have; and when these scores were made, in words."""
+    found, missing = defaultdict(lambda: defaultdict(dict)), defaultdict(list)  # method -> game -> seed -> score
+    last = min(run.step[-1] for run in runs if len(run.step))
+    when = "after training" if agent in LOW_DATA else f"at {steps_text(agent, last)}"
+    for run in runs:
+        if agent not in LOW_DATA:
+            found[run.method][run.game][run.seed] = run.normalized[max(np.searchsorted(run.step, last, "right") - 1, 0)]
+        elif run.evaluation:
+            found[run.method][run.game][run.seed] = run.evaluation[1]
+        else:
+            missing[run.method].append(f"{run.game} seed {run.seed} (no evaluation)")
+    methods = sorted({run.method for run in runs}, key=order)
+    games, seeds = ({getattr(run, name) for run in runs} for name in ("game", "seed"))
+    used = sorted(game for game in games if all(found[method][game] for method in methods))
+    there = {(run.method, run.game, run.seed) for run in runs}
+    for method in methods:
+        for game in sorted(games):
+            if gone := [str(seed) for seed in sorted(seeds) if (method, game, seed) not in there]:
+                missing[method].append(f"{game} seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
+        if missing[method]:
+            print(f"    missing of {label(method)}: {'; '.join(missing[method])}")
+    if games - set(used):
+        print(f"    in no aggregate, as a method lacks them: {', '.join(sorted(games - set(used)))}")
+    n = sum(len(found[method][game]) for method in methods for game in used)
+    print(f"{agent}: {len(methods)} methods, {len(used)} games, {n} runs in the aggregates, scores {when}")
+    return {method: [np.array([*found[method][game].values()]) for game in used] for method in methods if used}, when
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+def steps_text(agent: str, steps: float) -> str:
+    """Agent steps as the paper counts them, in frames; offline, updates."""
+    text = EngFormatter(sep="")
+    return f"{text(steps)} updates" if agent.startswith("CQL") else f"{text(4 * steps)} frames"
+
+
+def plot_scores(agent: str, runs: list[Run], scores: dict, unit: str, when: str, options: Options) -> None:
+    """IQM of each method; and of each line of methods over --x."""
+    rows, look = [], looks(list(scores))
+    for method, games in scores.items():
+        values = np.concatenate(games)
+        low, high = bounds(iqm(values[draws([*map(len, games)], options)]))
+        parameters = np.mean([run.parameters for run in runs if run.method == method])
+        row = dict(method) | {"parameters": f"{parameters:.0f}" if np.isfinite(parameters) else ""}
+        rows.append(row | {"iqm": iqm(values), "low": low, "high": high, "runs": len(values)})
+    figure, axes = plt.subplots(figsize=(width_of(scores), 0.6 + 0.17 * len(rows)))
+    for method, row in zip(scores, rows, strict=True):
+        error = [[row["iqm"] - row["low"]], [row["high"] - row["iqm"]]]
+        axes.errorbar(row["iqm"], label(method), xerr=error, fmt="o", color=look[method]["color"], ms=3.5, capsize=2)
+    axes.set(xlabel=f"IQM, {unit}, {when}", ylim=(len(rows) - 0.5, -0.5))
+    save(figure, rows, options.output / file_name(agent, "methods"))
+
+    lines, x = defaultdict(list), options.x
+    for method, row in zip(scores, rows, strict=True):
+        if row.get(x):
+            without = SIZES if x == "parameters" else {x}
+            lines[tuple(pair for pair in method if pair[0] not in without)].append(row)
+    lines = {line: those for line, those in lines.items() if len(those) > 1}
     if not lines:
-        print("no picture over experts: each layer has one number of them")
+        print(f"{agent}: no picture over {x}, of which no method has more than one value")
         return
+    look, texts = looks(list(lines)), list(dict.fromkeys(row[x] for those in lines.values() for row in those))
+    numeric = all(map(NUMBER.fullmatch, texts))
+    ticks = sorted(map(float, texts)) if numeric else range(len(texts))
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
-    looks = zip(lines.items(), itertools.cycle(STYLES), itertools.cycle(MARKERS))
-    for (name, (experts, iqm, low, high)), (style, grey), marker in looks:
-        error, name = np.stack([iqm - low, high - iqm]), " ".join(name).strip()
-        axes.errorbar(experts, iqm, error, ls=style, color=grey, marker=marker, ms=3, capsize=2, label=name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="experts (dense: width / 512)", ylabel="IQM, % of human")
+    for line, those in lines.items():
+        at = [float(row[x]) if numeric else texts.index(row[x]) for row in those]
+        those, at = zip(*sorted(zip(those, at, strict=True), key=lambda pair: pair[1]), strict=True)
+        middle, low, high = (np.array([row[name] for row in those]) for name in ("iqm", "low", "high"))
+        style = look[line] | ({} if numeric else {"ls": ""})  # nothing lies between names
+        axes.errorbar(
+            at, middle, np.stack([middle - low, high - middle]), ms=3.5, capsize=2, label=label(line), **style
+        )
+    if numeric and ticks[0] > 0 and ticks[-1] >= 4 * ticks[0]:
+        axes.set_xscale("log", base=10 if x == "parameters" else 2)
+    if x == "parameters":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if numeric else texts)
+        axes.minorticks_off()
+    name = "experts (dense: width / 512)" if x == "num_experts" else x.replace("_", " ")
+    axes.set(xlabel=f"{name} of the network" if x == "parameters" else name, ylabel=f"IQM, {unit},\n{when}")
     legend(figure, *axes.get_legend_handles_labels())
-    rows = [row for row in rows if (row["layer"], row["setting"]) in lines]
-    save(figure, rows, options.output / f"{agent}_experts")
+    save(figure, [row for those in lines.values() for row in those], options.output / file_name(agent, x))
 
 
-def together(rows: list[dict], games: list[str], seeds: list[int], options: Options) -> dict[tuple, tuple]:
-    """Method -> steps, IQM, low, high over games and seeds, at up to 20 iterations."""
-    found, lines = defaultdict(lambda: defaultdict(dict)), {}  # method -> step -> (game, seed) -> score
-    for row in rows:
-        if row["iteration"] != "eval" and row["normalized"]:
-            found[method_of(row)][int(row["step"])][row["game"], int(row["seed"])] = float(row["normalized"])
-    runs = set(itertools.product(games, seeds))
-    for method, scores in found.items():
-        steps = sorted(step for step in scores if runs <= set(scores[step]))
-        steps = steps[:: max(1, len(steps) // 20)]
-        if steps:
-            lines[method] = steps, np.array([[[scores[at][game, s] for at in steps] for game in games] for s in seeds])
-    points, bounds = intervals(
-        {method: scores for method, (_, scores) in lines.items()},
-        lambda x: np.array([metrics.aggregate_iqm(x[..., i]) for i in range(x.shape[-1])]),
-        options,
-    )
-    return {method: (steps, points[method], *bounds[method]) for method, (steps, _) in lines.items()}
+def shown(methods: list[tuple], options: Options) -> list[tuple]:
+    """Methods whose curves are drawn: those of --methods, or all; of many the last and first of each layer."""
+    if options.methods:
+        return [method for method in methods if label(method) in options.methods]
+    layers = [list(those) for _, those in itertools.groupby(methods, lambda method: method[0][1])]
+    ends = dict.fromkeys(those[i] for i in (-1, 0) for those in layers)
+    return methods if len(methods) <= CURVES else sorted([*ends][:CURVES], key=order)
 
 
-def plot_curves(agent: str, rows: list[dict], games: list[str], seeds: list[int], options: Options) -> None:
+def draw_bands(axes, lines: dict, look: dict) -> None:
+    """A line with its band for each method -> x, middle, low, high."""
+    for method, (x, middle, low, high) in lines.items():
+        style = {name: look[method][name] for name in ("color", "ls")}
+        axes.plot(x, middle, **style, marker="." if len(x) < 4 else "", label=label(method))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+
+
+def plot_curves(agent: str, runs: list[Run], scores: dict, aggregated: list[Run], unit: str, options: Options) -> None:
     """Raw scores per game, mean and range over seeds; and the IQM of all games, with its interval."""
-    panels = defaultdict(dict)  # game -> method -> steps, middle, low, high
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))  # game -> method -> step -> scores
-    for row in rows:
-        if row["iteration"] != "eval":
-            found[row["game"]][method_of(row)][int(row["step"])].append(float(row["score"]))
-    for game, methods in found.items():
-        for method, steps in methods.items():
-            values = [steps[at] for at in sorted(steps)]
-            panels[game][method] = sorted(steps), *(np.array([f(x) for x in values]) for f in (np.mean, min, max))
-    if seeds:
-        panels["all games: IQM, % of human"] = together(rows, games, seeds, options)
+    offline, panels, rows = agent.startswith("CQL"), defaultdict(dict), []
+    methods = sorted({run.method for run in runs}, key=order)
+    for game, method in itertools.product(sorted({run.game for run in runs}), methods):
+        those = [run for run in runs if (run.game, run.method) == (game, method) and len(run.step)]
+        if those and len(steps := common_steps(those)):
+            values = scores_at(those, steps, "score")
+            panels[game][method] = steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    games = sorted({run.game for run in aggregated})
+    for method in scores:
+        those = [[run for run in aggregated if (run.game, run.method) == (g, method) and len(run.step)] for g in games]
+        those = [part for part in those if part]
+        if len(steps := common_steps(sum(those, []))):
+            steps = steps[:: -max(1, len(steps) // 20)][::-1]  # which keeps the last
+            values = scores_at(sum(those, []), steps, "normalized")  # (runs, steps)
+            low, high = bounds(iqm(values.T[:, draws([*map(len, those)], options)].swapaxes(0, 1)))
+            panels[f"all games: IQM, {unit}"][method] = steps, iqm(values.T), low, high
+    drawn, look = shown(methods, options), looks(methods)
+    if len(drawn) < len(methods):
+        rest = "; ".join(label(method) for method in methods if method not in drawn)
+        print(f"{agent}: curves of {len(drawn)} methods; --methods draws others: {rest}")
     with open(REFERENCE, newline="") as file:
-        reference = [row for row in csv.DictReader(file) if row["agent"].lower() == agent]
-    columns, out = min(len(panels), 3), []
+        reference = [row for row in csv.DictReader(file) if row["agent"] == agent]
+    encoders = {"CNN" if run.encoder == "nature" else "Impala" for run in runs}
+    columns, smooth = 2 if len(panels) == 4 else min(len(panels), 3), max(len(run.step) for run in runs) >= LONG
     figure, grid = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
     figure.set_size_inches(WIDTH * columns, 2.2 * grid.shape[0])
-    looks = dict(zip(sorted({method for methods in panels.values() for method in methods}), itertools.cycle(STYLES)))
-    for axes, (game, methods) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, {})):
-        if game is None:
+    for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, {})):
+        if title is None:
             axes.set_axis_off()
             continue
-        for method, (steps, middle, low, high) in sorted(methods.items()):
-            style, grey = looks[method]
-            axes.plot(steps, middle, ls=style, color=grey, marker="." if len(steps) < 4 else "", label=label(method))
-            axes.fill_between(steps, low, high, color=grey, alpha=0.15, lw=0)
-            out += [
-                {"game": game} | columns_of(method) | {"step": at, "middle": m, "low": a, "high": b}
-                for at, m, a, b in zip(steps, middle, low, high, strict=True)
+        lines = {method: (x if offline else 4 * x, *values) for method, (x, *values) in lines.items()}
+        for method, values in lines.items():
+            names = "updates" if offline else "frames", "middle", "low", "high"
+            rows += [
+                {"panel": title} | dict(method) | dict(zip(names, v, strict=True)) for v in zip(*values, strict=True)
             ]
-        last = max(step for steps, *_ in methods.values() for step in steps)
-        for encoder in sorted({row["encoder"] for row in rows}):
-            band = [row for row in reference if (row["game"], row["encoder"]) == (game.lower(), encoder)]
-            steps = [250_000 * (int(row["iteration"]) + 1) for row in band]
-            steps = [step for step in steps if step <= last]
-            if steps:
-                name = f"authors' dense {encoder}" + " (C51, 3-step, prioritised only)" * (agent == "rainbow")
-                low, high = ([float(row[key]) for row in band][: len(steps)] for key in ("min", "max"))
-                axes.fill_between(steps, low, high, fc="none", ec="0.6", hatch="////", lw=0, label=name)
-        axes.set(title=game, xlabel="agent steps" if agent != "cql" else "updates")
+        lines = {method: values for method, values in lines.items() if method in drawn}
+        draw_bands(axes, lines, look)
+        last = max((x[-1] for x, *_ in lines.values()), default=0)
+        for encoder in sorted(encoders):
+            band = [row for row in reference if (row["game"], row["encoder"]) == (title.lower(), encoder)]
+            frames = [1e6 * (int(row["iteration"]) + 1) for row in band]
+            if frames := [at for at in frames if at <= last]:
+                name = f"authors' dense {encoder}" + " (C51, 3-step, prioritised only)" * (agent == "Rainbow")
+                low, high = ([float(row[key]) for row in band][: len(frames)] for key in ("min", "max"))
+                axes.fill_between(frames, low, high, fc="none", ec="0.6", hatch="////", lw=0, label=name)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        what = "return" if ":" not in title else "IQM"
+        axes.set(title=title.split(":")[0], xlabel="updates" if offline else "frames (agent steps x 4)")
+        axes.set_ylabel((what if what == "return" else f"IQM, {unit}") + f"\n(mean of {SMOOTH} iterations)" * smooth)
     legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
     handles = {text: handle for part in legends for handle, text in part}
     legend(figure, list(handles.values()), list(handles))
-    save(figure, out, options.output / f"{agent}_curves")
+    save(figure, rows, options.output / file_name(agent, "curves"))
 
 
-def plot_profiles(agent: str, scores: dict, options: Options) -> None:
+def plot_profiles(agent: str, scores: dict, unit: str, when: str, options: Options) -> None:
     """Share of runs with a score above tau (Agarwal et al., 2021, section 4.2)."""
-    tau = np.linspace(min(x.min() for x in scores.values()), max(x.max() for x in scores.values()), 100)
-    profiles, bounds = library.create_performance_profile(scores, tau, reps=options.repetitions)
+    values = {method: np.concatenate(games) for method, games in scores.items()}
+    tau = np.linspace(min(x.min() for x in values.values()), max(x.max() for x in values.values()), 100)
+    lines, rows = {}, []
+    for method, games in scores.items():
+        samples = np.sort(values[method][draws([*map(len, games)], options)])  # (repetitions, runs)
+        shares = [1 - np.searchsorted(sample, tau, side="right") / samples.shape[1] for sample in samples]
+        lines[method] = tau, (values[method] > tau[:, None]).mean(axis=1), *bounds(np.array(shares))
+        names = "tau", "share", "low", "high"
+        rows += [dict(method) | dict(zip(names, v, strict=True)) for v in zip(*lines[method], strict=True)]
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
-    rows = []
-    for method, (style, grey) in zip(scores, itertools.cycle(STYLES)):
-        axes.plot(tau, profiles[method], ls=style, color=grey, label=label(method))
-        axes.fill_between(tau, *bounds[method], color=grey, alpha=0.1, lw=0)
-        found = zip(tau, profiles[method], *bounds[method], strict=True)
-        rows += [columns_of(method) | {"tau": t, "share": p, "low": a, "high": b} for t, p, a, b in found]
-    axes.set(xlabel="score tau, % of human", ylabel="share of runs above tau")
+    draw_bands(axes, {method: lines[method] for method in shown(list(scores), options)}, looks(list(scores)))
+    axes.set(xlabel=f"score tau, {unit}, {when}", ylabel="share of runs above tau")
     legend(figure, *axes.get_legend_handles_labels())
-    save(figure, rows, options.output / f"{agent}_profiles")
+    save(figure, rows, options.output / file_name(agent, "profiles"))
 
 
 def plot_improvement(agent: str, scores: dict, options: Options) -> None:
     """P(a run of X beats one of Y on a random game), Y dense of one width (Agarwal et al., 2021, section 4.3)."""
-    dense = [method for method in scores if method[:2] == ("dense", 1)]
-    pairs = [(x, y) for x, y in itertools.product(scores, dense) if x != y and x[2] == y[2]]
+    dense = [method for method in scores if method[:2] == (("layer", "dense"), ("num_experts", "1"))]
+    pairs = [(x, y) for x, y in itertools.product(scores, dense) if x != y and {*y[2:]} <= {*x[2:]}]
     if not pairs:
-        print("no picture of improvement: there is no dense layer of one width with the same setting to compare with")
+        print(f"{agent}: no picture of improvement, there is no dense layer of one width with the same flags")
         return
-    both = {f"{label(x)}\n> {label(y)}": (scores[x], scores[y]) for x, y in pairs}
-    points, bounds = intervals(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), options)
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.6 + 0.3 * len(pairs)))
-    found = [(name, points[name][0], *bounds[name][:, 0]) for name in both]
-    names, p, low, high = zip(*found, strict=True)
-    axes.errorbar(p, names, xerr=np.stack([np.array(p) - low, np.array(high) - p]), fmt="ok", ms=3, capsize=2)
+    figure, axes = plt.subplots(figsize=(width_of(scores), 0.6 + 0.3 * len(pairs)))
+    rows, look = [], looks(list(scores))
+    for x, y in pairs:
+        p, (low, high) = improvement(scores[x], scores[y], options)
+        style = {"fmt": "o", "color": look[x]["color"], "ms": 3.5, "capsize": 2}
+        axes.errorbar(p, f"{label(x)}\n> {label(y)}", xerr=[[p - low], [high - p]], **style)
+        rows.append({"pair": f"{label(x)} > {label(y)}", "probability": p, "low": low, "high": high})
     axes.axvline(0.5, color="0.6", ls=":")
     axes.set(xlim=(-0.02, 1.02), ylim=(len(pairs) - 0.5, -0.5), xlabel="probability of improvement")
-    found = [(name.replace("\n", " "), *numbers) for name, *numbers in found]
-    rows = [dict(zip(("pair", "probability", "low", "high"), row, strict=True)) for row in found]
-    save(figure, rows, options.output / f"{agent}_improvement")
+    save(figure, rows, options.output / file_name(agent, "improvement"))
 
 
-def shorten(rows: list[dict]) -> list[dict]:
-    """Rows of an agent without the settings that all its methods share, which are said; and their encoder."""
-    shared = set.intersection(*(set(row["setting"].split()) for row in rows))
-    print(f"{rows[0]['agent']}: all methods have {' '.join(sorted(shared)) or 'default settings'}")
-    found = []
-    for row in rows:
-        setting = " ".join(word for word in row["setting"].split() if word not in shared)
-        nature = "encoder=nature" in row["setting"]
-        found.append(row | {"setting": setting, "encoder": "CNN" if nature else "Impala"})
-    return found
+def plot_published(agent: str, runs: list[Run], options: Options) -> None:
+    """Evaluations of our runs beside the middle 90% and the median of published seeds, per game."""
+    with open(options.published, newline="") as file:
+        published = {row["game"]: row for row in csv.DictReader(file)}
+    runs = [run for run in runs if run.evaluation and run.game in published]
+    games, methods = sorted({run.game for run in runs}), sorted({run.method for run in runs}, key=order)
+    if not games:
+        print(f"{agent}: no evaluation on a game of {options.published}")
+        return
+    columns, look, rows = min(len(games), 6), looks(methods), []
+    figure, grid = plt.subplots(-(-len(games) // columns), columns, squeeze=False)
+    figure.set_size_inches(max(1.1 * columns, WIDTH), 1.7 * grid.shape[0])
+    for axes, game in itertools.zip_longest(grid.flat, games):
+        if game is None:
+            axes.set_axis_off()
+            continue
+        low, middle, high = (float(published[game][name]) for name in ("q05", "median", "q95"))
+        number = f"{published[game]['runs']} published seeds"
+        axes.axhspan(low, high, color="0.85", lw=0, label=f"5 to 95% of {number}")
+        axes.axhline(middle, color="0.35", lw=1, label=f"median of {number}")
+        for i, method in enumerate(methods):
+            those = [run for run in runs if (run.game, run.method) == (game, method)]
+            style = {name: look[method][name] for name in ("color", "marker")}
+            at = i + 0.1 * (np.arange(len(those)) - (len(those) - 1) / 2)
+            axes.plot(
+                at,
+                [run.evaluation[0] for run in those],
+                **style,
+                ls="",
+                ms=4,
+                mec="black",
+                mew=0.4,
+                label=label(method),
+            )
+            rows += [
+                {"game": game}
+                | dict(method)
+                | {"seed": run.seed, "score": run.evaluation[0]}
+                | {"q05": low, "median": middle, "q95": high, "inside": low <= run.evaluation[0] <= high}
+                for run in those
+            ]
+        axes.set(title=game, xlim=(-0.6, len(methods) - 0.4), xticks=[])
+        axes.margins(y=0.1)
+    figure.supylabel("mean return of the evaluation", fontsize=7)
+    legend(figure, *grid.flat[0].get_legend_handles_labels())
+    save(figure, rows, options.output / file_name(agent, "published"))
+    outside = [
+        f"{row['game']} {row['layer']} seed {row['seed']}: {row['score']:g}" for row in rows if not row["inside"]
+    ]
+    said = f"{agent}: {len(rows) - len(outside)} of {len(rows)} runs are in the published 5 to 95%"
+    print(said + (f", not {'; '.join(outside)}" if outside else ""))
 
 
 def main(options: Options) -> None:
     if options.repetitions < 1:
         raise ValueError("--repetitions must be at least 1")
-    with open(options.results, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "normalized" not in rows[0]:
+    agents, columns = read(options.results)
+    if not agents:
         raise ValueError(f"{options.results} has no rows of collect.py's")
+    if options.x not in columns:
+        raise ValueError(f"--x {options.x} is no column of {options.results}; there are {', '.join(columns)}")
+    known = {label(run.method) for runs in agents.values() for run in runs}
+    if unknown := [name for name in options.methods if name not in known]:
+        raise ValueError(f"--methods {unknown[0]}: no run has it; there are {'; '.join(sorted(known))}")
     options.output.mkdir(parents=True, exist_ok=True)
-    for agent in sorted({row["agent"] for row in rows}):
-        those = shorten([row for row in rows if row["agent"] == agent])
-        finals = dict(sorted(final_scores(those).items()))
-        games, seeds = common(finals)
-        left_out = len(set().union(*finals.values())) - len(games) * len(seeds)
-        print(f"{agent}: {len(finals)} methods, {len(games)} games, seeds {seeds}; {left_out} games' seeds left out")
-        plot_curves(agent, those, games, seeds, options)
-        if not seeds:
-            print(f"{agent}: no aggregates: no seed that all methods have, on all of their games with a human score")
+    for agent, runs in agents.items():
+        aggregated, unit = scaled(agent, runs)
+        scores, when = final_scores(agent, aggregated)
+        plot_curves(agent, runs, scores, aggregated, unit, options)
+        if options.published:
+            plot_published(agent, runs, options)
+        if not scores:
+            print(f"{agent}: no aggregates, no game has a score of every method")
             continue
-        scores = {name: np.array([[runs[game, s] for game in games] for s in seeds]) for name, runs in finals.items()}
-        plot_scores(agent, scores, options)
-        plot_profiles(agent, scores, options)
+        plot_scores(agent, aggregated, scores, unit, when, options)
+        plot_profiles(agent, scores, unit, when, options)
         plot_improvement(agent, scores, options)
 
 

@@ -2,12 +2,14 @@
 
 import csv
 import importlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import moe_layers as moe
 import rainbow_softmoe
 
 sys.path.append(str(ROOT / "scripts"))
-analyze, evaluate = importlib.import_module("analyze"), importlib.import_module("evaluate")
+analyze, collect, evaluate, plot = map(importlib.import_module, ("analyze", "collect", "evaluate", "plot"))
 
 
 def run(script, *given, cwd=None, path=ROOT / "tests"):
@@ -36,11 +38,14 @@ def fake_run(folder: Path, script, scores, finished=True, evaluation=None, **set
     """What a run leaves, with these scores of its iterations."""
     folder.mkdir(parents=True)
     args = asdict(script.Args(**settings))
-    steps = args["iteration_steps"]
-    config = {"script": f"{script.__name__}.py", "args": args, "finished": args["total_timesteps"] if finished else 0}
+    offline = "total_updates" in args
+    steps, length = args["iteration_updates" if offline else "iteration_steps"], "total_updates" * offline
+    config = {"script": f"{script.__name__}.py", "args": args}
+    config["finished"] = args[length or "total_timesteps"] if finished else 0
     (folder / "config.json").write_text(json.dumps(config))
-    rows = [f"{i},{(i + 1) * steps},3,{'' if score is None else score},50.0\n" for i, score in enumerate(scores)]
-    (folder / "metrics.csv").write_text("iteration,global_step,episodes,mean_return,sps\n" + "".join(rows))
+    rows = [f"{i},{(i + 1) * steps},{'' if score is None else score}\n" for i, score in enumerate(scores)]
+    header = f"iteration,{'updates' if offline else 'global_step'},mean_return\n"
+    (folder / "metrics.csv").write_text(header + "".join(rows))
     if evaluation is not None:
         (folder / "eval.json").write_text(json.dumps({"mean_return": evaluation, "global_step": len(scores) * steps}))
     return folder
@@ -60,113 +65,322 @@ def runs(tmp_path):
     return found
 
 
-def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path):
+def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path, capsys):
+    def said(*given, output="results.csv"):
+        collect.main(collect.Options(given, output=tmp_path / output))
+        return " ".join(capsys.readouterr().out.split())
+
     more = tmp_path / "more"
     settings = {"env_id": "ALE/Breakout-v5", "seed": 1, "layer": "dense", "encoder": "nature"}
     twice = fake_run(more / "twice", dqn_softmoe, [1.0], **settings)
     going_on = fake_run(more / "going_on", dqn_softmoe, [1.0], finished=False, env_id="QbertNoFrameskip-v4")
     der = fake_run(more / "der", importlib.import_module("der_softmoe"), [5.0], evaluation=30.5, seed=3, augment=True)
     raw = fake_run(more / "raw", dqn_softmoe, [7.0], env_id="PooyanNoFrameskip-v4")
-    done = run("collect", *runs, twice, going_on, der, raw, more, "-o", tmp_path / "results.csv")
-    assert done.returncode == 0, done.stderr
+    text = said(*runs, twice, going_on, der, raw, more)
     rows = read_csv(tmp_path / "results.csv")
     assert len(rows) == 16 * 3 + 2 + 1
-    first = {"game": "Breakout", "agent": "dqn", "layer": "dense", "experts": "1", "setting": "encoder=nature"}
-    first |= {"seed": "1", "iteration": "1", "step": "500000", "frames": "2000000"}
+    first = {"game": "Breakout", "agent": "DQN", "layer": "dense", "num_experts": "1", "encoder": "nature"}
+    first |= {"augment": "", "seed": "1", "iteration": "1", "step": "500000", "frames": "2000000"}
+    network = dqn_softmoe.QNetwork(dqn_softmoe.Args(layer="dense", encoder="nature"), (4, 84, 84), 4)
+    sizes = {"parameters": network, "encoder_parameters": network.encoder, "layer_parameters": network.moe}
+    sizes |= {"head_parameters": network.head}
+    first |= {name: str(sum(p.numel() for p in part.parameters())) for name, part in sizes.items()}
     assert first.items() <= rows[0].items()
     assert float(rows[0]["normalized"]) == pytest.approx(100 * (float(rows[0]["score"]) - 1.7) / (30.5 - 1.7), abs=1e-3)
-    assert [(row["iteration"], row["setting"], row["normalized"]) for row in rows if row["agent"] == "der"] == [
-        ("0", "augment=True", "11.4583"),
-        ("eval", "augment=True", "100.0000"),
+    assert [(row["iteration"], row["augment"], row["normalized"]) for row in rows if row["agent"] == "DER"] == [
+        ("0", "True", "11.4583"),
+        ("eval", "True", "100.0000"),
     ]
     assert [row["normalized"] for row in rows if row["game"] == "Pooyan"] == [""]
-    said = " ".join(done.stdout.split())
     for words in (f"{twice}: the same as {runs[0]}", f"{going_on}: not finished", f"{more}: no run directory"):
-        assert words in said
-    assert "Breakout dqn softmoe 8 : no seed 1, 2" in said and "der softmoe" not in said  # an agent has its own seeds
-    said = " ".join(run("collect", *runs[3:], "-o", tmp_path / "new" / "results.csv").stdout.split())
-    assert "Breakout dqn dense 1 encoder=nature: no seed 1, 2 Pong dqn dense 1 encoder=nature: no seed 1" in said
-    assert run("collect", going_on, "-o", tmp_path / "none.csv").returncode == 2
-    (going_on / "config.json").write_text("{")
-    assert f"{going_on}: damaged" in " ".join(run("collect", der, going_on, "-o", tmp_path / "r.csv").stdout.split())
+        assert words in text
+    assert "Breakout DQN softmoe 8 : no seed 1, 2" in text and "DER softmoe" not in text  # an agent has its own seeds
+    text = said(*runs[3:], output="new/results.csv")
+    assert "Breakout DQN dense 1 encoder=nature: no seed 1, 2 Pong DQN dense 1 encoder=nature: no seed 1" in text
+    with pytest.raises(ValueError, match="no finished run"):
+        said(going_on, output="none.csv")
     assert not (tmp_path / "none.csv").exists()
 
 
-def test_plot_draws_the_numbers_of_the_table(runs, tmp_path):
-    assert run("collect", *runs, "-o", tmp_path / "results.csv").returncode == 0
-    done = run("plot", tmp_path / "results.csv", "-o", tmp_path / "figures", "--repetitions", "200")
-    assert done.returncode == 0, done.stderr
-    assert "dqn: 4 methods, 2 games, seeds [1, 2]; 0 games' seeds left out" in done.stdout
-    for name in ("methods", "experts", "curves", "profiles", "improvement"):
-        assert (tmp_path / "figures" / f"dqn_{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / "figures" / f"dqn_{name}.pdf").read_bytes().startswith(b"%PDF")
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config", text)
+        for text in ("{", "[]", "5", '{"args": []}', '{"script": "dqn_softmoe.py", "args": {"layer": 5}}')
+    ]
+    + [("eval", text) for text in ("", "[]", "{}", '{"mean_return": "x", "global_step": 1}', '{"mean_return": NaN}')],
+)
+def test_any_json_that_is_no_run_s_is_listed_as_damaged(name, content, tmp_path, capsys):
+    good, bad = (fake_run(tmp_path / word, dqn_softmoe, [1.0], evaluation=2.0, seed=i) for i, word in enumerate("ab"))
+    (bad / f"{name}.json").write_text(content)
+    assert collect.main(collect.Options(runs=(good, bad), output=tmp_path / "results.csv")) == 0
+    assert f"{bad}: damaged" in capsys.readouterr().out
+    assert {row["seed"] for row in read_csv(tmp_path / "results.csv")} == {"0"}
+
+
+def test_collect_takes_the_runs_of_a_list_and_names_those_that_lack(tmp_path, capsys):
+    line = "python dqn_softmoe.py --seed 1 --runs-dir {} --run-name run{} --resume auto\n"
+    (tmp_path / "a.list").write_text("# four runs\n\n" + "".join(line.format(tmp_path, i) for i in range(4)))
+    fake_run(tmp_path / "run0", dqn_softmoe, [1.0])
+    fake_run(tmp_path / "run1", dqn_softmoe, [1.0], seed=2, finished=False)
+    (fake_run(tmp_path / "run2", dqn_softmoe, [1.0], seed=3) / "config.json").write_text("[]")
+    fake_run(tmp_path / "another", dqn_softmoe, [1.0], seed=4)
+    collect.main(collect.Options(list=tmp_path / "a.list", output=tmp_path / "results.csv"))
+    said = capsys.readouterr().out
+    assert said.startswith("1 runs, 1 rows") and "another" not in said
+    for words in ("run1: not finished", "run2: damaged", "run3: missing"):
+        assert words in said
+    (tmp_path / "bad.list").write_text("python dqn_softmoe.py --seed 1\n")
+    done = run("collect", "--list", tmp_path / "bad.list", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/bad.list: line 1 has no --run-name\n")
+
+
+def pictures(folder: Path, runs, **options) -> Path:
+    """Collect these runs and plot them; the folder of the pictures."""
+    given = {"output": folder / "figures", "repetitions": 200} | options
+    assert collect.main(collect.Options(tuple(runs), output=folder / "results.csv", unfinished=True)) == 0
+    plot.main(plot.Options(folder / "results.csv", **given))
+    return given["output"]
+
+
+@pytest.fixture
+def numbers_only(monkeypatch):
+    """Drawing the pictures takes most of the time; their numbers are in CSV files beside them."""
+    monkeypatch.setattr(plot.matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
+
+
+def test_plot_draws_the_numbers_of_the_table(runs, tmp_path, capsys):
+    figures = pictures(tmp_path, runs)
+    assert "DQN: 4 methods, 2 games, 16 runs in the aggregates, scores at 4M frames" in capsys.readouterr().out
+    for name in ("methods", "num_experts", "curves", "profiles", "improvement"):
+        assert (figures / f"dqn_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (figures / f"dqn_{name}.pdf").read_bytes().startswith(b"%PDF")
     last, first = {}, defaultdict(list)
     for row in read_csv(tmp_path / "results.csv"):
-        last[row["layer"], row["experts"], row["game"], row["seed"]] = float(row["normalized"])
+        last[row["layer"], row["num_experts"], row["game"], row["seed"]] = float(row["normalized"])
         if row["iteration"] == "1":
-            first[row["layer"], row["experts"]].append(float(row["normalized"]))
+            first[row["layer"], row["num_experts"]].append(float(row["normalized"]))
     curves = {
-        (row["layer"], row["experts"], row["game"], row["step"]): row
-        for row in read_csv(tmp_path / "figures" / "dqn_curves.csv")
+        (row["layer"], row["num_experts"], row["panel"], float(row["frames"])): row
+        for row in read_csv(figures / "dqn_curves.csv")
     }
     for method, scores in first.items():
-        row = curves[*method, "all games: IQM, % of human", "500000"]
+        row = curves[*method, "all games: IQM, % of human", 2e6]
         assert float(row["middle"]) == pytest.approx(np.mean(sorted(scores)[1:3]))
         assert float(row["low"]) <= float(row["middle"]) <= float(row["high"])
-    assert {row["layer"] for row in read_csv(tmp_path / "figures" / "dqn_experts.csv")} == {"softmoe"}
-    methods = read_csv(tmp_path / "figures" / "dqn_methods.csv")
+    assert {row["layer"] for row in read_csv(figures / "dqn_num_experts.csv")} == {"softmoe"}
+    methods = read_csv(figures / "dqn_methods.csv")
     assert len(methods) == 4
     for row in methods:
-        scores = sorted(score for key, score in last.items() if key[:2] == (row["layer"], row["experts"]))
+        scores = sorted(score for key, score in last.items() if key[:2] == (row["layer"], row["num_experts"]))
         assert float(row["iqm"]) == pytest.approx(np.mean(scores[1:3])) and row["runs"] == "4"  # a quarter off each end
         assert float(row["low"]) <= float(row["iqm"]) <= float(row["high"])
-    for row in read_csv(tmp_path / "figures" / "dqn_profiles.csv"):
-        scores = [score for key, score in last.items() if key[:2] == (row["layer"], row["experts"])]
+    for row in read_csv(figures / "dqn_profiles.csv"):
+        scores = [score for key, score in last.items() if key[:2] == (row["layer"], row["num_experts"])]
         assert float(row["share"]) == pytest.approx(np.mean([score > float(row["tau"]) for score in scores]))
-    assert run("plot", tmp_path / "nothing.csv").returncode == 2
 
 
-def test_collect_tells_both_losses_of_the_offline_agent_and_shorter_runs_apart(tmp_path):
-    cql, found = importlib.import_module("cql_softmoe"), []
-    for i, given in enumerate(({}, {"distributional": False}, {"total_updates": 90})):
-        found.append(tmp_path / str(i))
-        found[-1].mkdir()
-        args = asdict(cql.Args(**given))
-        config = {"script": "cql_softmoe.py", "args": args, "finished": args["total_updates"]}
-        (found[-1] / "config.json").write_text(json.dumps(config))
-        (found[-1] / "metrics.csv").write_text("iteration,updates,mean_return\n0,62500,3.5\n")
-    assert run("collect", *found, "-o", tmp_path / "results.csv").stdout.startswith("3 runs, 3 rows")
-    rows = read_csv(tmp_path / "results.csv")
-    assert [row["setting"] for row in rows] == ["", "distributional=False", "total_updates=90"]
-    assert {(row["step"], row["frames"]) for row in rows} == {("62500", "")}
+def test_intervals_are_rliable_s():
+    from rliable import library, metrics
+
+    rng, options = np.random.default_rng(0), plot.Options(Path(), repetitions=1_000)
+    x, y = (rng.normal(mean, 1 + np.arange(4), (5, 4)).round(1) for mean in (1.0, 0.0))  # (runs, games)
+    given = {"reps": 1_000, "random_state": np.random.RandomState(0)}
+    for scores in (x, y):
+        expected = library.get_interval_estimates({"": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), **given)
+        values, drawn = scores.T.flatten(), plot.draws([5] * 4, options)
+        assert plot.iqm(values) == pytest.approx(expected[0][""][0])
+        assert plot.bounds(plot.iqm(values[drawn])) == pytest.approx(expected[1][""][:, 0], abs=0.15)
+    better = {"": (x, y)}
+    expected = library.get_interval_estimates(
+        better, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), **given
+    )
+    p, bounds = plot.improvement([*x.T], [*y.T], options)
+    assert p == pytest.approx(expected[0][""][0]) and bounds == pytest.approx(expected[1][""][:, 0], abs=0.03)
 
 
-def test_plot_does_without_human_scores_and_with_unequal_seeds(tmp_path):
-    header = "game,agent,layer,experts,setting,seed,iteration,step,frames,score,normalized\n"
-    (tmp_path / "raw.csv").write_text(f"{header}Pooyan,dqn,dense,1,,1,0,250000,1000000,5.0,\n")
-    done = run("plot", tmp_path / "raw.csv", "-o", tmp_path / "raw")
-    assert done.returncode == 0 and "no aggregates" in done.stdout and (tmp_path / "raw" / "dqn_curves.png").exists()
-    rows = [f"{game},dqn,dense,1,,{seed},0,250000,1000000,5.0,40.0\n" for game in ("A", "B") for seed in (1, 2)]
-    (tmp_path / "some.csv").write_text(header + "".join(rows) + "A,dqn,dense,1,,3,0,250000,1000000,5.0,40.0\n")
-    done = run("plot", tmp_path / "some.csv", "-o", tmp_path / "some", "--repetitions", "20")
-    assert "2 games, seeds [1, 2]; 1 games' seeds left out" in done.stdout, done.stderr
-    (tmp_path / "empty.csv").write_text(header)
-    (tmp_path / "bytes.csv").write_bytes(b"\x89PNG\xff\xfe")
-    for given in (
-        [tmp_path / "empty.csv"],
-        [tmp_path / "bytes.csv"],
-        [tmp_path],
-        [tmp_path / "raw.csv", "-o", __file__],
-    ):
+@pytest.mark.usefixtures("numbers_only")
+def test_aggregates_use_the_runs_that_are_there_and_name_those_that_lack(runs, tmp_path, capsys):
+    figures = pictures(tmp_path, [path for path in runs if path.name != "Pongsoftmoe82"])
+    said = capsys.readouterr().out
+    assert "missing of Soft MoE, 8 experts: Pong seed 2\n" in said and "15 runs in the aggregates" in said
+    assert [row["runs"] for row in read_csv(figures / "dqn_methods.csv")] == ["4", "4", "4", "3"]
+    last = [float(read_csv(runs[i] / "metrics.csv")[-1]["mean_return"]) for i in (12, 13, 14)]
+    scores = sorted([100 * (x - 1.7) / 28.8 for x in last[:2]] + [100 * (last[2] + 20.7) / 35.3])
+    assert float(read_csv(figures / "dqn_methods.csv")[-1]["iqm"]) == pytest.approx(np.mean(scores), abs=1e-3)
+    figures = pictures(tmp_path, [path for path in runs if not path.name.startswith("Pongsoftmoe8")])
+    assert "in no aggregate, as a method lacks them: Pong\n" in capsys.readouterr().out
+    assert {row["runs"] for row in read_csv(figures / "dqn_methods.csv")} == {"2"}
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_runs_of_unequal_length_are_compared_at_the_last_step_that_all_have(tmp_path, capsys):
+    pong = {"env_id": "PongNoFrameskip-v4"}
+    short = fake_run(tmp_path / "short", dqn_softmoe, [3.0, 5.0], finished=False, layer="dense", **pong)
+    whole = fake_run(tmp_path / "whole", dqn_softmoe, [1.0, 2.0, 9.0, 20.0], **pong)
+    figures = pictures(tmp_path, [short, whole])
+    assert "scores at 2M frames" in capsys.readouterr().out
+    found = [float(row["iqm"]) for row in read_csv(figures / "dqn_methods.csv")]
+    assert found == pytest.approx([100 * 25.7 / 35.3, 100 * 22.7 / 35.3], abs=1e-3)
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_curves_of_long_runs_are_smoothed_and_end_at_the_last_iteration(tmp_path):
+    scores = np.random.default_rng(0).random((2, 200)).round(3)
+    found = [fake_run(tmp_path / str(i), dqn_softmoe, scores[i], seed=i, total_timesteps=50_000_000) for i in (0, 1)]
+    rows = read_csv(pictures(tmp_path, found) / "dqn_curves.csv")
+    games, every = ([row for row in rows if row["panel"].startswith(name)] for name in ("Breakout", "all games"))
+    assert [float(part[-1]["frames"]) for part in (games, every)] == [2e8, 2e8] and 20 <= len(every) < 25
+    means = scores[:, -5:].mean(axis=1)
+    assert [float(games[-1][name]) for name in ("middle", "low", "high")] == pytest.approx(
+        [means.mean(), min(means), max(means)]
+    )
+    assert float(games[1]["middle"]) == pytest.approx(scores[:, :2].mean())
+    normal = np.sort(100 * (means - 1.7) / 28.8)
+    assert float(every[-1]["middle"]) == pytest.approx(normal.mean(), abs=1e-3)
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_a_line_over_a_flag_has_the_paper_s_value_as_a_number(tmp_path, capsys):
+    found = []
+    for layer, ratio in (("dense", 0.25), ("softmoe", 0.25), ("softmoe", 0.5), ("softmoe", 2.0)):
+        name = tmp_path / f"{layer}{ratio}"
+        found.append(fake_run(name, dqn_softmoe, [ratio], layer=layer, replay_ratio=ratio))
+    rows = read_csv(pictures(tmp_path, found, x="replay_ratio") / "dqn_replay_ratio.csv")
+    assert [(row["layer"], row["replay_ratio"]) for row in rows] == [("softmoe", x) for x in ("0.25", "0.5", "2.0")]
+    agents, columns = plot.read(tmp_path / "results.csv")
+    labels = [plot.label(method) for method in sorted({run.method for run in agents["DQN"]}, key=plot.order)]
+    assert labels == ["Dense"] + [f"Soft MoE, 8 experts, replay ratio {x}" for x in ("0.25", "0.5", "2")]
+    assert columns == ["num_experts", "replay_ratio", "parameters"]
+    rows = read_csv(pictures(tmp_path, found[1:], x="parameters") / "dqn_methods.csv")
+    assert {row["parameters"] for row in rows} == {"383829"}
+    for wrong in ({"x": "replay_raito"}, {"methods": ("Soft MoE",)}):
+        with pytest.raises(ValueError, match="there are"):
+            plot.main(plot.Options(tmp_path / "results.csv", output=tmp_path / "no", **wrong))
+    assert not (tmp_path / "no").exists()
+
+
+def test_at_most_six_methods_are_drawn_unless_others_are_named():
+    layers = itertools.product(("dense", "top1moe", "softmoe"), "1248")
+    methods = [(("layer", layer), ("num_experts", experts)) for layer, experts in layers]
+    shown = [plot.label(method) for method in plot.shown(methods, plot.Options(Path()))]
+    assert shown == ["Dense", "Dense, width x8"] + [
+        f"{layer}, {n}" for layer in ("Top-1 MoE", "Soft MoE") for n in ("1 expert", "8 experts")
+    ]
+    assert plot.shown(methods[:6], plot.Options(Path())) == methods[:6]
+    assert plot.shown(methods, plot.Options(Path(), methods=("Soft MoE, 2 experts",))) == [methods[9]]
+    looks = [tuple(map(str, look.values())) for look in plot.looks(methods).values()]
+    assert len(set(looks)) == 12
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_low_data_agents_have_names_of_their_own_and_their_score_is_the_evaluation(tmp_path, capsys):
+    der, found = importlib.import_module("der_softmoe"), []
+    drq = {"distributional": False, "noisy": False, "prioritized": False, "augment": True}
+    drq |= {"target_network_frequency": 1, "epsilon_decay_steps": 5_000}
+    for name, flags in (("der", {}), ("drq", drq), ("half", {"distributional": False})):
+        found.append(fake_run(tmp_path / name, der, [1.0], evaluation=30.5, **flags))
+    found.append(fake_run(tmp_path / "none", der, [1.0], env_id="PongNoFrameskip-v4"))
+    figures = pictures(tmp_path, found)
+    said = capsys.readouterr().out
+    assert "missing of Soft MoE, 4 experts, distributional: Pong seed 1 (no evaluation)" in said
+    assert [float(row["iqm"]) for row in read_csv(figures / "drq_eps_methods.csv")] == [100]
+    rows = read_csv(figures / "der_methods.csv")
+    assert [(row["distributional"], float(row["iqm"])) for row in rows] == [("False", 100), ("True", 100)]
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
+    settings = {"env_id": "PooyanNoFrameskip-v4"}
+    found = [fake_run(tmp_path / str(i), dqn_softmoe, [10.0, x], seed=i, **settings) for i, x in enumerate((20, 50))]
+    found.append(fake_run(tmp_path / "dense", dqn_softmoe, [0.0, 30], layer="dense", **settings))
+    rows = read_csv(pictures(tmp_path, found) / "dqn_methods.csv")
+    assert [float(row["iqm"]) for row in rows] == [60, 70]
+    assert {row["panel"] for row in read_csv(tmp_path / "figures" / "dqn_curves.csv")} == {
+        "Pooyan",
+        "all games: IQM, % of the range of all runs",
+    }
+    capsys.readouterr()
+    rows = read_csv(pictures(tmp_path, [*found, fake_run(tmp_path / "one", dqn_softmoe, [1.7])]) / "dqn_methods.csv")
+    assert "Pooyan have no human score and are in no aggregate" in capsys.readouterr().out
+    assert [(row["layer"], row["iqm"]) for row in rows] == [("softmoe", "0.0")]
+
+
+@pytest.mark.usefixtures("numbers_only")
+@pytest.mark.parametrize("name", "1 4 5 6 7 8 9 11 12 13 16 18 tokenize".split())
+def test_one_command_makes_a_figure_from_its_list(name, tmp_path, monkeypatch):
+    """What figure.sh calls is done here, in one process, with runs of its list."""
+    (tmp_path / "python").write_text('#!/bin/bash\n[[ $1 != *collect.py ]] || cat > runs.list\necho "$@" >> called\n')
+    (tmp_path / "python").chmod(0o755)
+    settings = {"GAMES": "Pong", "SEEDS": "1 2", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    given = {"cwd": tmp_path, "env": os.environ | settings, "check": True}
+    subprocess.run([ROOT / "scripts" / "figure.sh", name, "--plot", "figures"], **given)
+    monkeypatch.chdir(tmp_path)
+    agents = {}
+    for line in Path("runs.list").read_text().splitlines():
+        _, script, *flags = line.split()
+        script = importlib.import_module(script.removesuffix(".py"))
+        changed = tuple(flag for flag in flags if not re.search("NoFrameskip|__seed", flag))
+        if (script, changed) not in agents:  # parsing takes a while
+            monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
+            agents[script, changed] = asdict(script.parse_args())
+        args = agents[script, changed] | {"env_id": flags[1], "seed": int(flags[3]), "resume": None}
+        folder = Path("runs", flags[flags.index("--run-name") + 1])
+        evaluation = args["seed"] if script.__name__ == "der_softmoe" else None
+        fake_run(folder, script, [1.0, 2.0 + args["seed"]], evaluation=evaluation, **args)
+    collecting, plotting = Path("called").read_text().splitlines()
+    monkeypatch.setattr(sys, "argv", collecting.replace("/dev/stdin", "runs.list").split())
+    assert collect.main(plot.tyro.cli(collect.Options)) == 0
+    monkeypatch.setattr(sys, "argv", plotting.split())
+    options = plot.tyro.cli(plot.Options)
+    plot.main(replace(options, repetitions=20))
+    methods = [path for path in Path("figures").glob("*_methods.csv") if len(read_csv(path)) > 1]
+    assert len(methods) == (1 if name in ("5", "6", "8", "18", "tokenize") else 2)
+    over = sorted(Path("figures").glob(f"*_{options.x}.csv"))
+    assert len(over) == (0 if name in ("7", "8", "12", "13", "16") else len(methods))
+
+
+def test_our_runs_stand_beside_published_ones(tmp_path, capsys):
+    der, found = importlib.import_module("der_softmoe"), []
+    for layer, game, score in (("dense", "Breakout", 16), ("softmoe", "Breakout", 40), ("softmoe", "Boxing", 8)):
+        name = tmp_path / f"{layer}{game}"
+        found.append(fake_run(name, der, [1.0], evaluation=score, env_id=f"{game}NoFrameskip-v4", layer=layer))
+    found.append(fake_run(tmp_path / "Venture", der, [1.0], evaluation=1, env_id="VentureNoFrameskip-v4"))
+    figures = pictures(tmp_path, found, published=ROOT / "scripts" / "drq_eps_100k.csv")
+    assert "DER: 2 of 3 runs are in the published 5 to 95%, not Breakout softmoe seed 1: 40" in capsys.readouterr().out
+    rows = {(row["game"], row["layer"]): row for row in read_csv(figures / "der_published.csv")}
+    assert list(rows) == [("Boxing", "softmoe"), ("Breakout", "dense"), ("Breakout", "softmoe")]
+    row = rows["Breakout", "softmoe"]
+    assert (row["score"], row["q05"], row["median"], row["q95"]) == ("40.0", "12.59", "16.16", "29.24")
+    assert (figures / "der_published.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_what_is_no_table_in_one_line(runs, tmp_path):
+    pictures(tmp_path, runs[:1])
+    (tmp_path / "empty.csv").write_text("game,agent\n")
+    for given in ([tmp_path / "empty.csv"], [tmp_path / "results.csv", "-o", __file__]):
         done = run("plot", *given)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-def test_the_authors_curves_are_those_that_are_shipped():
-    shared = ROOT.parent / "shared"
+@pytest.mark.usefixtures("numbers_only")
+def test_collect_tells_both_losses_of_the_offline_agent_and_shorter_runs_apart(tmp_path, capsys):
+    cql, flags = importlib.import_module("cql_softmoe"), ({}, {"distributional": False}, {"total_updates": 90})
+    figures = pictures(tmp_path, [fake_run(tmp_path / str(i), cql, [3.5], **given) for i, given in enumerate(flags)])
+    assert capsys.readouterr().out.startswith("3 runs, 3 rows")
+    rows = read_csv(tmp_path / "results.csv")
+    agents = [("CQL+C51", "12500000"), ("CQL", "12500000"), ("CQL+C51", "90")]
+    assert [(row["agent"], row["total_updates"]) for row in rows] == agents
+    assert {(row["step"], row["frames"]) for row in rows} == {("62500", "")}
+    assert (figures / "cql_curves.csv").exists() and "updates" in read_csv(figures / "cql_c51_curves.csv")[0]
+
+
+@pytest.mark.parametrize("name", ["reference_curves.csv", "experiments/drq_eps_100k.csv"])
+def test_published_scores_are_those_that_are_shipped(name):
+    shared = ROOT.parent / "shared" / name
     if not shared.exists():
         pytest.skip("needs the folder that holds them beside the repository")
-    assert (ROOT / "scripts" / "reference_curves.csv").read_text() == (shared / "reference_curves.csv").read_text()
+    assert (ROOT / "scripts" / shared.name).read_text() == shared.read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- analysis
@@ -279,7 +493,7 @@ def test_doctor_says_whether_a_command_will_run(tmp_path):
         assert run("doctor", *given).returncode == 2
 
 
-@pytest.mark.parametrize("script, package", [("plot", "rliable"), ("watch", "PIL"), ("analyze", "matplotlib")])
+@pytest.mark.parametrize("script, package", [("plot", "matplotlib"), ("watch", "PIL"), ("analyze", "matplotlib")])
 def test_a_missing_package_is_one_line(script, package, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package}')")
     done = run(script, "--help", path=tmp_path)
@@ -292,9 +506,11 @@ def test_scores_of_games_have_their_sources():
     with open(ROOT / "scripts" / "atari_scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 62 and all(row["source"] for row in rows)
-    games = subprocess.run(
-        ["bash", "-c", ". scripts/lines.sh; echo $games60 $games26 $games17"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
+    given = {"capture_output": True, "text": True, "env": os.environ | {"SEEDS": "1"}}
+    lists = "".join(
+        subprocess.run([ROOT / "scripts" / "figure.sh", name], **given).stdout for name in ("8", "11", "12")
+    )
+    games = set(re.findall(r"--env-id (\w+)NoFrameskip", lists))
+    assert len(games) == 60
     without = {"AirRaid", "Carnival", "ElevatorAction", "JourneyEscape", "Pooyan"}
-    assert set(games) - {row["game"] for row in rows if row["human"]} == without
-    assert set(evaluate.__dict__) >= {"load"}
+    assert games - {row["game"] for row in rows if row["human"]} == without
