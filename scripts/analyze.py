@@ -3,21 +3,31 @@
     python scripts/analyze.py runs/Pong__rainbow__* -o figures
 
 Takes runs with --weights-every: every file in weights/ is a point. All of a run are measured on the same transitions,
-played with its last weights at --epsilon. Writes analysis.csv, analysis.png and analysis.pdf:
-srank/<t>: singular values of the features (B, F) above t times the largest; feature_norm: norm of their variance over
-the batch; ntk_rank/<t>: the same of the Gram matrix (B, B) of the gradients of each transition's loss; dormant and
-dormant/<expert>: share of neurons whose mean activation is at most tau of the layer's (Sokar et al., 2023);
+played with its last weights at --epsilon. Writes analysis.csv with every measure of every point, and for each agent a
+picture of --measures: a row per game, a column per measure, a line per method (mean over seeds, and an interval that
+holds 95% of the means of a bootstrap).
+srank/<t>: singular values of the features (B, F) above t times the largest, as in the authors' code
+(labs/moes/agents/full_rainbow_moe_agent.py); srank/0 is the numerical rank, below which values are rounding errors.
+effective_rank: the largest singular values that have 99% of the sum of all (Kumar et al., 2021).
+feature_norm: norm of the features' variance over the batch. param_norm: norm of all parameters.
+ntk_*: of the Gram matrix (B, B) of the gradients of each transition's loss, the empirical neural tangent kernel:
+ntk_rank/<t> as srank/<t>, means of its diagonal and of its other entries, share of its negative entries.
+td_loss_mean, td_loss_var: over the transitions. q_mean, q_std: over all actions in the states.
+dormant and dormant/<expert>: share of neurons whose mean activation is at most tau of the layer's (Sokar et al., 2023).
 expert_similarity: mean cosine between the outputs of two experts for the same tokens.
 """
 
 import csv
 import itertools
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import collect
 import numpy as np
+import plot
 import torch
 import tyro
 from evaluate import load  # which puts the agents on the path
@@ -27,16 +37,16 @@ from tqdm import tqdm
 import dqn_softmoe
 import moe_layers as moe
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-except ImportError as error:
-    print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from None
-
 THRESHOLDS = (0.0, 0.001, 0.01)
+MEASURES = ("srank/0.01", "effective_rank", "feature_norm", "dormant", "ntk_rank/0.01", "expert_similarity")
+AXES = {  # labels of measures' axes; the others are called by their names
+    "srank/0.01": "srank of features\n(singular values > 1%)",
+    "effective_rank": "effective rank\nof features (99%)",
+    "feature_norm": "feature norm",
+    "dormant": "share of neurons\nthat are dormant",
+    "ntk_rank/0.01": "srank of the NTK\n(singular values > 1%)",
+    "expert_similarity": "cosine between\nexperts' outputs",
+}
 
 
 @dataclass
@@ -47,24 +57,35 @@ class Options:
     steps: int = 1_000  # agent steps that are played for them
     epsilon: float = 0.05  # share of random actions in these
     tau: float = 0.0  # a neuron is dormant up to this share of the mean activation
+    measures: tuple[str, ...] = MEASURES  # columns of the picture; analysis.csv has them all
+    repetitions: int = 2_000  # bootstrap samples
     seed: int = 1  # of games, actions and draws
 
 
 def srank(matrix: Tensor, threshold: float) -> int:
-    """Singular values that are above `threshold` times the largest."""
+    """Singular values above `threshold` times the largest; rounding errors never count."""
     values = torch.linalg.svdvals(matrix.double())
-    return int((values > threshold * values[0]).sum())
+    rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    return int((values > max(threshold, rounding) * values[0]).sum())
 
 
-def gradients(script, q_network: nn.Module, args, batch) -> Tensor:
-    """Gradient of every transition's loss, (B, parameters); the network is its own target."""
-    rows, parameters = [], list(q_network.parameters())
+def effective_rank(matrix: Tensor, share: float = 0.99) -> int:
+    """The fewest singular values that have this share of the sum of all."""
+    values = torch.linalg.svdvals(matrix.double())
+    return int((values.cumsum(0) < share * values.sum()).sum()) + 1
+
+
+def gradients(script, q_network: nn.Module, args, batch) -> tuple[Tensor, Tensor]:
+    """Every transition's loss (B,) and its gradient (B, parameters); the network is its own target."""
+    losses, rows, parameters = [], [], list(q_network.parameters())
+    weight = [torch.ones(1)] * (len(script.Batch._fields) - 6)  # the importance weight of agents that have one
     for i in range(len(batch.action)):
-        one = script.Batch(*(x[i : i + 1] for x in batch[:6]))
+        one = script.Batch(*(x[i : i + 1] for x in batch[:6]), *weight)
         loss = script.td_loss(q_network, q_network, one, args)[0]
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.flatten() for grad in grads]))
-    return torch.stack(rows)
+        losses.append(loss.detach())
+    return torch.stack(losses), torch.stack(rows)
 
 
 def expert_similarity(experts: moe.Experts, tokens: Tensor) -> float:
@@ -81,6 +102,7 @@ def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, 
         features, output = q_network.features(batch.obs)
         hidden = features if output is None else output.hidden
         found = {f"srank/{t:g}": srank(features, t) for t in THRESHOLDS}
+        found["effective_rank"] = effective_rank(features)
         found["feature_norm"] = features.var(dim=0, unbiased=False).norm().item()
         found["dormant"] = moe.dormant_fraction(hidden, tau).item()
         if output is not None:
@@ -89,9 +111,17 @@ def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, 
             if isinstance(q_network.moe.experts, moe.Experts) and len(shares) > 1:
                 tokens = q_network.tokenizer(q_network.encoder(batch.obs.float() / 255)).flatten(0, 1)  # (B * T, D)
                 found["expert_similarity"] = expert_similarity(q_network.moe.experts, tokens)
-    grads = gradients(script, q_network, args, batch)
+        q_values = q_network.q_values(batch.obs)
+        found |= {"q_mean": q_values.mean().item(), "q_std": q_values.std(unbiased=False).item()}
+        found["param_norm"] = nn.utils.get_total_norm(q_network.parameters()).item()
+    losses, grads = gradients(script, q_network, args, batch)
+    found |= {"td_loss_mean": losses.mean().item(), "td_loss_var": losses.var(unbiased=False).item()}
     gram = grads @ grads.T  # (B, B)
-    return found | {f"ntk_rank/{t:g}": srank(gram, t) for t in THRESHOLDS}
+    B, diagonal = len(gram), gram.diagonal()
+    found |= {f"ntk_rank/{t:g}": srank(gram, t) for t in THRESHOLDS}
+    found["ntk_diagonal_mean"] = diagonal.mean().item()
+    found["ntk_off_diagonal_mean"] = ((gram.sum() - diagonal.sum()) / (B * (B - 1))).item()
+    return found | {"ntk_negative": (gram < 0).float().mean().item()}
 
 
 def play(script, args, q_network: nn.Module, options: Options):
@@ -112,47 +142,87 @@ def play(script, args, q_network: nn.Module, options: Options):
     return replay.sample(options.batch_size)
 
 
-def points(run: Path, options: Options) -> list[dict]:
-    """A row per file of weights."""
+class Point(NamedTuple):
+    agent: str
+    game: str
+    seed: int
+    step: int
+    flags: dict  # of the run: layer, num_experts and the others, as texts
+    found: dict  # measure -> value
+
+
+def points(run: Path, options: Options) -> list[Point]:
+    """One for each file of weights."""
     saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem))
     script, args, q_network, _ = load(saved[-1])
-    batch, rows = play(script, args, q_network, options), []
+    agent, _ = collect.agent_and_defaults(script, vars(args))
+    flags = {"layer": args.layer, "num_experts": str(args.num_experts)}
+    flags |= {name: str(value) for name, value in vars(args).items() if name not in collect.NO_SETTING}
+    batch, found = play(script, args, q_network, options), []
     for path in tqdm(saved, desc=run.name, unit="point", dynamic_ncols=True):
         q_network.load_state_dict(torch.load(path, weights_only=True))
-        rows.append({"run": run.name, "step": int(path.stem)} | measure(script, q_network, args, batch, options.tau))
-    return rows
+        measures = measure(script, q_network, args, batch, options.tau)
+        found.append(Point(agent, collect.game_of(args.env_id), args.seed, int(path.stem), flags, measures))
+    return found
 
 
-def picture(rows: list[dict], path: Path) -> None:
-    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("run", "step")]
-    names = [name for name in names if not name.startswith("dormant/")]
-    figure, grid = plt.subplots(-(-len(names) // 3), 3, figsize=(9, 2.2 * -(-len(names) // 3)), layout="constrained")
-    styles = itertools.product(("-", "--", ":"), ("0.0", "0.45", "0.7"))
-    for run, (style, grey) in zip(dict.fromkeys(row["run"] for row in rows), itertools.cycle(styles), strict=False):
-        for name, axes in zip(names, grid.flat, strict=False):
-            those = [(row["step"], row[name]) for row in rows if row["run"] == run and name in row]
-            axes.plot(*zip(*those, strict=True), ls=style, color=grey, marker=".", label=run)
-    for name, axes in itertools.zip_longest(names, grid.flat):
-        axes.set_axis_off() if name is None else axes.set_title(name, fontsize=8)
-    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=200)
+def picture(agent: str, those: list[Point], methods: list[tuple], options: Options) -> None:
+    """A row per game, a column per measure, a line per method, of which each point has one."""
+    values = defaultdict(lambda: defaultdict(list))  # (game, measure, method) -> step -> values of all seeds
+    for point, method in sorted(zip(those, methods, strict=True), key=lambda pair: pair[0].step):
+        for name in options.measures:
+            if name in point.found:
+                values[point.game, name, method][point.step].append(point.found[name])
+    games = sorted({game for game, *_ in values})
+    names = [name for name in options.measures if any(name == key[1] for key in values)]
+    look, frames = plot.looks([*{*methods}]), 1 if agent.startswith("CQL") else 4
+    size = {"figsize": (1.9 * len(names), 1.5 * len(games) + 0.3), "sharex": True, "squeeze": False}
+    (figure, grid), rows = plot.plt.subplots(len(games), len(names), **size), []
+    for (game, name), axes in zip(itertools.product(games, names), grid.flat, strict=True):
+        for method in sorted({*methods}, key=plot.order):
+            seeds = [np.array(x) for x in values[game, name, method].values()]
+            x = frames * np.array([*values[game, name, method]])
+            bounds = [plot.bounds(x[plot.draws([len(x)], options)].mean(axis=1)) for x in seeds]
+            if seeds:
+                line = x, [x.mean() for x in seeds], *zip(*bounds, strict=True)
+                plot.draw_bands(axes, {method: line}, look)
+                given = {"game": game, "measure": name} | dict(method)
+                keys = "updates" if frames == 1 else "frames", "mean", "low", "high"
+                rows += [given | dict(zip(keys, numbers, strict=True)) for numbers in zip(*line, strict=True)]
+        axes.set_ylabel(AXES.get(name, name))
+        axes.set_title(game)
+        axes.xaxis.set_major_formatter(plot.EngFormatter(sep=""))
+    for axes in grid[-1]:
+        axes.set_xlabel("updates" if frames == 1 else "frames (agent steps x 4)")
+    plot.legend(figure)
+    plot.save(figure, rows, options.output / plot.file_name(agent, "analysis"))
 
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     runs = [run for run in options.runs if any((run / "weights").glob("[0-9]*.pt"))]
-    for run in set(options.runs) - set(runs):
-        print(f"left out: {run} has no weights/: train with --weights-every", file=sys.stderr)
+    for run in options.runs:
+        if run not in runs:
+            print(f"left out: {run} has no weights/: train with --weights-every", file=sys.stderr)
     if not runs:
         raise ValueError("no run with weights/")
-    rows = [row for run in runs for row in points(run, options)]
+    found, rows = [point for run in runs for point in points(run, options)], []
+    known = {*MEASURES}.union(*(point.found for point in found))
+    if unknown := {*options.measures} - known:
+        raise ValueError(f"--measures {', '.join(unknown)}: there are {', '.join(sorted(known))}")
+    for agent in sorted({point.agent for point in found}):
+        those = [point for point in found if point.agent == agent]
+        names = plot.named_flags([*those[0].flags], [point.flags for point in those])
+        methods = [tuple((name, point.flags[name]) for name in names[point.flags["layer"]]) for point in those]
+        for point, method in zip(those, methods, strict=True):
+            which = {"agent": agent, "game": point.game, "seed": point.seed, "step": point.step}
+            rows.append(which | dict(method) | point.found)
+        picture(agent, those, methods, options)
     with open(options.output / "analysis.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    picture(rows, options.output / "analysis")
-    print(f"{len(rows)} points in {options.output / 'analysis.csv'}, picture in {options.output / 'analysis.png'}")
+    print(f"{len(rows)} points in {options.output / 'analysis.csv'}")
 
 
 if __name__ == "__main__":

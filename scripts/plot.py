@@ -181,12 +181,14 @@ def width_of(methods) -> float:
     return WIDTH + max(0.0, 0.055 * max(len(label(method)) for method in methods) - 1)
 
 
-def legend(figure, handles: list, labels: list[str]) -> None:
-    """Below the axes, in as many columns as fit; the figure grows by it."""
+def legend(figure) -> None:
+    """Of all axes, below them, in as many columns as fit; the figure grows by it."""
     width, height = figure.get_size_inches()
-    columns = max(1, int(width / (0.45 + 0.055 * max(map(len, labels)))))
-    figure.set_size_inches(width, height + 0.14 * -(-len(labels) // columns) + 0.1)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    parts = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {text: handle for part in parts for handle, text in part}
+    columns = max(1, int(width / (0.45 + 0.055 * max(map(len, handles)))))
+    figure.set_size_inches(width, height + 0.14 * -(-len(handles) // columns) + 0.1)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -343,7 +345,7 @@ def plot_scores(agent: str, runs: list[Run], scores: dict, unit: str, when: str,
         axes.minorticks_off()
     name = "experts (dense: width / 512)" if x == "num_experts" else x.replace("_", " ")
     axes.set(xlabel=f"{name} of the network" if x == "parameters" else name, ylabel=f"IQM, {unit},\n{when}")
-    legend(figure, *axes.get_legend_handles_labels())
+    legend(figure)
     save(figure, [row for those in lines.values() for row in those], options.output / file_name(agent, x))
 
 
@@ -416,9 +418,7 @@ def plot_curves(agent: str, runs: list[Run], scores: dict, aggregated: list[Run]
         what = "return" if ":" not in title else "IQM"
         axes.set(title=title.split(":")[0], xlabel="updates" if offline else "frames (agent steps x 4)")
         axes.set_ylabel((what if what == "return" else f"IQM, {unit}") + f"\n(mean of {SMOOTH} iterations)" * smooth)
-    legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid.flat]
-    handles = {text: handle for part in legends for handle, text in part}
-    legend(figure, list(handles.values()), list(handles))
+    legend(figure)
     save(figure, rows, options.output / file_name(agent, "curves"))
 
 
@@ -436,7 +436,7 @@ def plot_profiles(agent: str, scores: dict, unit: str, when: str, options: Optio
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
     draw_bands(axes, {method: lines[method] for method in shown(list(scores), options)}, looks(list(scores)))
     axes.set(xlabel=f"score tau, {unit}, {when}", ylabel="share of runs above tau")
-    legend(figure, *axes.get_legend_handles_labels())
+    legend(figure)
     save(figure, rows, options.output / file_name(agent, "profiles"))
 
 
@@ -503,7 +503,7 @@ def plot_published(agent: str, runs: list[Run], options: Options) -> None:
         axes.set(title=game, xlim=(-0.6, len(methods) - 0.4), xticks=[])
         axes.margins(y=0.1)
     figure.supylabel("mean return of the evaluation", fontsize=7)
-    legend(figure, *grid.flat[0].get_legend_handles_labels())
+    legend(figure)
     save(figure, rows, options.output / file_name(agent, "published"))
     outside = [
         f"{row['game']} {row['layer']} seed {row['seed']}: {row['score']:g}" for row in rows if not row["inside"]

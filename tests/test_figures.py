@@ -391,6 +391,17 @@ def test_srank_counts_singular_values_and_the_norm_is_that_of_the_variance():
     assert [analyze.srank(matrix, t) for t in (0.0025 - 1e-5, 0.0025 + 1e-5, 0.4, 0.6)] == [3, 2, 2, 1]
 
 
+def test_rounding_errors_are_no_rank():
+    torch.manual_seed(0)
+    features = torch.randn(64, 5) @ torch.randn(5, 300)  # in float32, which leaves 59 tiny singular values
+    assert [analyze.srank(matrix, 0.0) for matrix in (features, features @ features.T)] == [5, 5]
+
+
+def test_the_effective_rank_has_99_percent_of_the_sum_of_singular_values():
+    for values, expected in (([90, 9, 0.9, 0.1], 2), ([90, 8.9, 1.0, 0.1], 3), ([1, 1, 1, 1], 4), ([1, 0, 0, 0], 1)):
+        assert analyze.effective_rank(torch.diag(torch.tensor(values, dtype=torch.float64))) == expected
+
+
 NETWORKS = [(dqn_softmoe, "softmoe"), (rainbow_softmoe, "top1moe"), (dqn_softmoe, "dense")]
 
 
@@ -402,12 +413,25 @@ def test_metrics_are_those_of_plain_loops(script, layer):
     obs, next_obs = torch.randint(0, 256, (2, 10, 4, 20, 20), dtype=torch.uint8)
     batch = script.Batch(obs, torch.randint(3, (10,)), torch.randn(10), torch.rand(10), next_obs, torch.arange(10))
     found = analyze.measure(script, q_network, args, batch, 0.3)
-    rows = analyze.gradients(script, q_network, args, batch)
+    losses, rows = analyze.gradients(script, q_network, args, batch)
     script.td_loss(q_network, q_network, batch, args)[0].backward()  # the mean of the transitions' losses
     whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in q_network.parameters()]
     torch.testing.assert_close(rows.mean(dim=0), torch.cat([grad.flatten() for grad in whole]), rtol=1e-3, atol=1e-5)
     gram = torch.stack([torch.stack([a @ b for b in rows]) for a in rows])
     assert found["ntk_rank/0.01"] == analyze.srank(gram, 0.01)
+    assert found["ntk_diagonal_mean"] == pytest.approx(np.mean([gram[i, i].item() for i in range(10)]), rel=1e-4)
+    others = [gram[i, j].item() for i in range(10) for j in range(10) if i != j]
+    assert found["ntk_off_diagonal_mean"] == pytest.approx(np.mean(others), rel=1e-3, abs=1e-6)
+    assert found["ntk_negative"] == pytest.approx(np.mean([x < 0 for x in others]) * 0.9, abs=0.011)
+    one = [
+        script.td_loss(q_network, q_network, script.Batch(*(x[i : i + 1] for x in batch[:6])), args) for i in range(10)
+    ]
+    one = [loss.item() for loss, *_ in one]
+    assert [found["td_loss_mean"], found["td_loss_var"]] == pytest.approx([np.mean(one), np.var(one)], rel=1e-4)
+    q_values = q_network.q_values(obs).detach().numpy()
+    assert [found["q_mean"], found["q_std"]] == pytest.approx([q_values.mean(), q_values.std()], rel=1e-4)
+    squares = sum(p.detach().square().sum().item() for p in q_network.parameters())
+    assert found["param_norm"] == pytest.approx(squares**0.5, rel=1e-5)
     features, output = q_network.features(obs)
     assert found["srank/0.01"] == np.sum((s := np.linalg.svd(features.detach().double())[1]) > 0.01 * s.max())
     assert found["feature_norm"] == pytest.approx(np.linalg.norm(features.detach().numpy().var(axis=0)), rel=1e-4)
@@ -437,12 +461,35 @@ def trained(tmp_path_factory):
 
 
 def test_analyze_measures_every_file_of_weights(trained, tmp_path):
-    done = run("analyze", trained, "-o", tmp_path, "--steps", "200", "--batch-size", "16")
-    assert done.returncode == 0, done.stderr
+    given = {"steps": 200, "batch_size": 16, "repetitions": 20}
+    analyze.main(analyze.Options((trained,), tmp_path, **given))
     rows = read_csv(tmp_path / "analysis.csv")
     assert [row["step"] for row in rows] == ["200", "400", "600"]
-    assert (tmp_path / "analysis.png").read_bytes().startswith(b"\x89PNG")
-    assert run("analyze", tmp_path, "-o", tmp_path).returncode == 2
+    assert (tmp_path / "dqn_analysis.png").read_bytes().startswith(b"\x89PNG")
+    done = run("analyze", tmp_path, "-o", tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: no run with weights/"
+    with pytest.raises(ValueError, match="no such|there are"):
+        analyze.main(analyze.Options((trained,), tmp_path, measures=("rank",), **given))
+
+
+@pytest.mark.usefixtures("numbers_only")
+def test_a_picture_of_many_runs_has_a_line_per_method_and_a_panel_per_game_and_measure(tmp_path):
+    points, rng = [], np.random.default_rng(0)
+    for layer, game, seed, step in itertools.product(("dense", "softmoe"), ("Pong", "Asterix"), range(5), (1, 2)):
+        flags, found = {"layer": layer, "num_experts": "8"}, {"srank/0.01": rng.random(), "dormant": 0.0}
+        points.append(analyze.Point("Rainbow", game, seed, step, flags, found))
+    methods = [tuple(point.flags.items()) for point in points]
+    analyze.picture("Rainbow", points, methods, analyze.Options((), tmp_path))
+    rows = read_csv(tmp_path / "rainbow_analysis.csv")
+    assert len(rows) == 2 * 2 * 2 * 2  # methods, games, measures, steps
+    for row in rows:
+        those = [
+            p
+            for p in points
+            if (p.game, p.flags["layer"], 4 * p.step) == (row["game"], row["layer"], int(row["frames"]))
+        ]
+        assert float(row["mean"]) == pytest.approx(np.mean([point.found[row["measure"]] for point in those]))
+        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
 
 
 # ------------------------------------------------------------------------------------------ evaluate, watch, doctor
