@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs the lines of a list, several at a time; called again it finishes what is left.
 #
-#   scripts/fig12_low_data.sh > fig12.list
+#   scripts/figure.sh 12 > fig12.list
 #   scripts/sweep.sh [--jobs N] [--dry-run | --status] fig12.list
 #
+# Before the first run starts, the scripts check the arguments of every line: a mistake in one is told, and nothing runs.
 # Jobs at a time: one per GPU, of CUDA_VISIBLE_DEVICES if that is set (--jobs 4 on 2 GPUs: two on each); without a GPU
 # one per core, of one thread each. Output goes to fig12.list.logs/<line>.log. Ctrl-C and SIGTERM reach the runs, which
-# save a checkpoint; lines that fail are named with the end of their log. Exit code: 0 all finished, 1 a line failed, 75
-# some were stopped.
+# save a checkpoint; lines that fail are named with the error in their log. Exit code: 0 all finished, 1 a line failed, 75
+# some were stopped, 2 nothing could be run.
 
 set -uo pipefail
 fail() { echo "error: $1" >&2; exit 2; }
@@ -32,7 +33,8 @@ logs=$list.logs
 if [ -n "$number" ]; then
     gpus=($GPUS)
     [ ${#gpus[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
-    bash -c "${lines[number - 1]}" > "$logs/$number.log" 2>&1
+    exec > "$logs/$number.log" 2>&1  # what bash says of a killed run goes there, too
+    bash -c "${lines[number - 1]}"
     printf '%s\n' $? "${lines[number - 1]}" > "$logs/$number.code"
     exit 0
 fi
@@ -54,6 +56,11 @@ state() {  # of a line, by its number
 look() { states=$(for i in "${!lines[@]}"; do state $((i + 1)); done); }
 those() { grep -E "^($1) " <<< "$states" | cut -d' ' -f2; }
 count() { those "$1" | wc -l; }
+reason() {  # an error's line in a log: one that begins so, or the first in a frame of tyro's, or the last one with letters
+    awk '/^([A-Za-z_.]*Error|error): / { why = $0 } framed { gsub(/│/, ""); why = $0 } { framed = /^╭/ }
+        /[[:alpha:]]/ { last = $0 } END { print why != "" ? why : last }' "$1" |
+        sed -E 's/^ *//; s/ *$//; s/^.*: line [0-9]+: +[0-9]+ ([A-Z][a-z ]*[a-z])  .*/\1/'  # "Killed" without its number
+}
 summary() { echo "$(count done) done, $(count running) running, $(count failed) failed, $(count todo) to do"; }
 
 GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
@@ -65,30 +72,36 @@ export GPUS="${gpus[*]}"
 [ -n "$GPUS" ] || export OMP_NUM_THREADS=1
 
 look
+left=$(those "failed|todo")
+[ "$action" = status ] || ! grep -q '_softmoe\.py' "$list" ||
+    python "$(dirname "$0")/preflight.py" "$list" <<< "$left" || exit 2
 case $action in
     status) summary; exit 0 ;;
     dry-run)
-        for i in $(those "failed|todo"); do echo "${lines[i - 1]}"; done
+        for i in $left; do echo "${lines[i - 1]}"; done
         echo "$(summary); $jobs at a time, ${#gpus[@]} GPUs" >&2
         exit 0 ;;
 esac
 
 mkdir -p "$logs" && exec 9> "$logs/lock" || fail "cannot write to $logs"
 flock --nonblock 9 || fail "$list is run by another sweep, or $logs is where files cannot be locked"
-stopped='' left=$(those "failed|todo")
+stopped=''
 for i in $left; do rm -f "$logs/$i.code"; done
 if [ -n "$left" ]; then
     set -m  # the runs get a process group, to which signals are passed on
     xargs --max-procs="$jobs" --process-slot-var=SLOT --replace bash "$0" --line {} "$list" <<< "$left" 9>&- &
-    trap 'stopped=yes; kill -INT -- -$! 2> /dev/null' INT TERM
-    while kill -0 -- -$! 2> /dev/null; do wait $! || sleep 0.2; done  # xargs goes at once, the runs save
+    exec 2> /dev/null  # where bash would tell of jobs that a signal ended
+    trap 'stopped=yes; kill -INT -- -$!' INT TERM
+    while kill -0 -- -$!; do wait $! || sleep 0.2; done  # xargs goes at once, the runs save
     trap - INT TERM
 fi
 look
+declare -A numbers
 for i in $(those failed); do
-    echo "line $i failed ($(head -n 1 "$logs/$i.code")): ${lines[i - 1]}"
-    echo "    $(grep '[[:alpha:]]' "$logs/$i.log" | tail -n 1)"
+    why="failed ($(head -n 1 "$logs/$i.code")): $(reason "$logs/$i.log")"
+    numbers[$why]=${numbers[$why]:+${numbers[$why]}, }$i
 done
+for why in "${!numbers[@]}"; do echo "line ${numbers[$why]} $why"; done | sort -n -k 2
 summary
 [ "$(count failed)" = 0 ] || exit 1
 [ "$(count todo)" = 0 ] && [ -z "$stopped" ] || exit 75

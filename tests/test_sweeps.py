@@ -1,6 +1,8 @@
 """The figures' lists are commands that the scripts take; sweep.sh and Slurm run them, stop and finish them."""
 
 import importlib
+import io
+import json
 import os
 import shlex
 import shutil
@@ -100,20 +102,71 @@ def sweep(tmp_path):
 def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path):
     run = sweep(400)
     lines = (tmp_path / "list.txt").read_text()
-    (tmp_path / "list.txt").write_text(lines + lines.splitlines()[0].replace("run1", "run3") + " --num-experts 0\n")
+    third = lines.splitlines()[0].replace("run1", "run3").replace("PixelCatch", "NoGame")
+    (tmp_path / "list.txt").write_text(f"{lines}{third}\n")
     assert run("--status").stdout == "0 done, 0 running, 0 failed, 3 to do\n"
     dry = run("--dry-run")
     assert dry.stdout.splitlines() == (tmp_path / "list.txt").read_text().splitlines() and "2 at a time" in dry.stderr
     done = run()
     assert done.returncode == 1, done
-    failed, why, summary = done.stdout.splitlines()
-    assert failed.startswith("line 3 failed (2): python ") and "--num-experts must be" in why
+    failed, summary = done.stdout.splitlines()
+    assert failed.startswith("line 3 failed (2): error: NameNotFound: "), failed
     assert summary == "2 done, 0 running, 1 failed, 0 to do"
     (tmp_path / "list.txt").write_text(lines)  # the mistake is mended
     before = [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
     assert run().returncode == 0 and "2 done" in run("--status").stdout
     assert before == [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
     assert "0 done" in sweep(800)("--status").stdout  # a longer list goes on with them
+
+
+def test_a_mistake_in_any_line_is_told_before_the_first_one_runs(sweep, tmp_path):
+    run = sweep(400)
+    first, second = (tmp_path / "list.txt").read_text().splitlines()
+    wrong = [f"{second} --num-exprts 2", f"{first} --num-experts 0", second.replace("run2", "a") + " --num-exprts 2"]
+    (tmp_path / "list.txt").write_text("\n".join([first, "# a comment", *wrong, second]) + "\n")
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "runs").exists()
+    assert done.stderr.splitlines() == [
+        "error: lines 3, 5: Unrecognized options: --num-exprts, 2",
+        "error: line 4: --num-experts must be from 1 to 9223372036854775807, not 0",
+    ]
+    (tmp_path / "list.txt").write_text("python dqn_softmoe.py --seed 1\n")
+    done = run()
+    assert done.returncode == 2 and "dqn_softmoe.py is not in" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_list_says_how_long_its_runs_take_at_the_speeds_on_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    preflight = importlib.import_module("preflight")
+    monkeypatch.chdir(ROOT)
+    record = {"machine": {"gpu": "a GPU"}, "cases": [{"agent": "dqn", "encoder": "impala", "layer": "softmoe"}]}
+    record["cases"][0]["rates"] = [900, 1000, 2000]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    monkeypatch.setattr(preflight, "RECORD", tmp_path / "record.json")
+    lines = [f"python dqn_softmoe.py --seed {seed} --total-timesteps 36000000" for seed in (1, 2, 3)]
+    lines += ["python dqn_softmoe.py --layer dense", "python dqn_softmoe.py --replay-ratio 2", "true; true"]
+    (tmp_path / "a.list").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["preflight.py", str(tmp_path / "a.list")])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 3 4 5 6"))
+    assert preflight.main() == 0
+    said = "5 runs are left: about 20 hours on one a GPU, and 3 runs whose speed is not on record\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_failure_shows_the_line_that_says_why_once_for_all_of_its_lines(tmp_path):
+    box = "╭─ Unrecognized options ─╮\n│ Unrecognized options: --x  │\n│ ─── │\n│ For full helptext, run │\n╰───╯"
+    (tmp_path / "box").write_text(box)
+    lines = ["cat box; exit 2", "echo 'error: no disk'; echo the end; exit 1", "cat box; exit 2"]
+    lines += ["python -c 'int(\"x\")'", "kill -9 $$", "echo some words; exit 3", "kill -9 $$"]
+    (tmp_path / "any.list").write_text("\n".join(lines))
+    done = shell(ROOT / "scripts" / "sweep.sh", "--jobs", "1", tmp_path / "any.list", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    first, second, third, fourth, fifth, summary = done.stdout.splitlines()
+    assert first == "line 1, 3 failed (2): Unrecognized options: --x"
+    assert second == "line 2 failed (1): error: no disk"
+    assert third.startswith("line 4 failed (1): ValueError: invalid literal")
+    assert fourth == "line 5, 7 failed (137): Killed"
+    assert (fifth, summary[:6]) == ("line 6 failed (3): some words", "0 done")
 
 
 def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
@@ -156,6 +209,13 @@ def test_a_job_without_its_line_fails(tmp_path, number):
     assert done.returncode == 2 and done.stderr.startswith("error: no line") and len(done.stderr.splitlines()) == 1
 
 
+def test_an_offset_reaches_the_lines_beyond_the_largest_array(tmp_path):
+    (tmp_path / "a.list").write_text("true\ntrue\necho the third line\n")
+    settings = {"LIST": f"{tmp_path}/a.list", "OFFSET": "2", "SLURM_ARRAY_TASK_ID": "1"}
+    done = shell("bash", ROOT / "scripts" / "sweep.sbatch", **settings)
+    assert done.returncode == 0 and "line 3, restart 0" in done.stdout and "the third line" in done.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path, number):
     run = sweep(60_000, flags="--checkpoint-every 400")
@@ -166,6 +226,7 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         cwd=tmp_path,
         env=os.environ | settings,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -175,7 +236,8 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         time.sleep(0.2)
     assert "2 running" in run("--status").stdout
     os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
-    stdout, _ = started.communicate(timeout=60)
+    stdout, stderr = started.communicate(timeout=60)
+    assert stderr == "2 runs are left\n"  # nothing of the shell's own on its jobs
     assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
     reached = [checkpoint(path)["progress"]["global_step"] for path in (tmp_path / "runs").iterdir()]
     assert len(reached) == 2 and min(reached) > 0
