@@ -11,7 +11,6 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu_session}
-mkdir -p "$out"
 quick='' stages='' failed=0
 for word in "$@"; do
     case $word in
@@ -20,6 +19,7 @@ for word in "$@"; do
         *) echo "error: no stage is called $word" >&2; exit 2 ;;
     esac
 done
+mkdir -p "$out"
 export OMP_NUM_THREADS=1
 jobs=$(python -c 'import os, torch; print(16 if torch.cuda.is_available() else os.cpu_count())')
 games="Breakout Pong Qbert Seaquest"

@@ -72,7 +72,7 @@ def test_a_gpu_session_goes_on_after_a_failure(tmp_path, given, code):
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
     done = subprocess.run([ROOT / "scripts/gpu_session.sh", "--quick", *given], env=os.environ | settings)
-    assert done.returncode == code
+    assert done.returncode == code and (tmp_path / "out").exists() == (code == 1)
     if code == 1:
         status = (tmp_path / "out" / "status.txt").read_text().splitlines()
         assert [line.split(":")[0] for line in status] == ["tests", "graphs", "benchmark", "dqn", "der"]

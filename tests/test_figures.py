@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -538,6 +539,30 @@ def test_doctor_says_whether_a_command_will_run(tmp_path):
     assert too_large.returncode == 1 and "NO  memory" in too_large.stdout
     for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
         assert run("doctor", *given).returncode == 2
+
+
+CHILD = """
+import csv, time
+from pathlib import Path
+Args = dict
+def main(args):
+    time.sleep(args["wait"])
+    folder = Path(args["runs_dir"], args["run_name"])
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("sps\\n" + "50.0\\n" * 20)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("wait, said", [(1.5, "ok  speed        50 agent steps/s"), (60, "--  speed        no number")])
+def test_doctor_waits_for_a_slow_machine_and_does_not_blame_it(wait, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "slow_softmoe.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    args = SimpleNamespace(wait=wait, total_timesteps=1_000, num_envs=1, n_step=1)
+    doctor = importlib.import_module("doctor")
+    good = doctor.probe(importlib.import_module("slow_softmoe"), args, seconds=0.5, at_most=4)
+    assert good and capsys.readouterr().out.startswith(said)
 
 
 @pytest.mark.parametrize("script, package", [("plot", "matplotlib"), ("watch", "PIL"), ("analyze", "matplotlib")])
