@@ -267,7 +267,14 @@ CLAIMS = {  # of the README
     ("der", "nature", "softmoe"): "100,000 agent steps in {seconds:,.0f} s",
     ("cql", "impala", "softmoe"): "{rate:,.0f} updates/s",
 }
-PARTS = ("update", "draw", "priorities", "act", "store", "emulation")
+PARTS = {  # colour (Okabe and Ito's palette) and hatch in the picture
+    "update": ("#0072B2", ""),
+    "draw": ("#56B4E9", "//"),
+    "priorities": ("#CC79A7", "xx"),
+    "act": ("#009E73", ""),
+    "store": ("#F0E442", ".."),
+    "emulation": ("#E69F00", "\\\\"),
+}
 
 
 def medians(case: Case) -> dict[str, float]:
@@ -304,11 +311,9 @@ def picture(done: list[Case], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(done)), layout="constrained")
     left, names = np.zeros(len(done)), [str(case) for case in done]
     found = [medians(case) for case in done]
-    for part, grey, hatch in zip(
-        PARTS, np.linspace(0.25, 0.95, len(PARTS)), ("", "//", "xx", "", "..", "\\\\"), strict=True
-    ):
+    for part, (color, hatch) in PARTS.items():
         width = np.array([1e3 * values.get(part, 0) for values in found])
-        axes.barh(names, width, left=left, color=str(grey), edgecolor="black", linewidth=0.5, hatch=hatch, label=part)
+        axes.barh(names, width, left=left, color=color, edgecolor="black", linewidth=0.5, hatch=hatch, label=part)
         left += width
     for color, width in (("white", 5), ("black", 2.5)):
         axes.plot([1e3 / values["rate"] for values in found], names, "|", color=color, ms=15, mew=width)
@@ -347,4 +352,5 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))
+    with importlib.import_module("dqn_softmoe").one_line_errors(OSError):
+        raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))

@@ -362,7 +362,7 @@ def draw_bands(axes, lines: dict, look: dict) -> None:
     """A line with its band for each method -> x, middle, low, high."""
     for method, (x, middle, low, high) in lines.items():
         style = {name: look[method][name] for name in ("color", "ls")}
-        axes.plot(x, middle, **style, marker="." if len(x) < 4 else "", label=label(method))
+        axes.plot(x, middle, **style, marker="." if len(x) < 10 else "", label=label(method))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
