@@ -11,9 +11,10 @@ interquartile mean, intervals that hold 95% of a bootstrap stratified by game. T
 games that all methods of an agent have; runs that lack are listed. Where no game of an agent has a human score, its
 scores are scaled per game from the lowest to the highest of all runs.
 A run's score is its evaluation after training in DER and DrQ(eps), in the others the iteration at the last step that
-all runs of the agent have. Beside ours, curves show the authors' published ones (dense networks, Breakout and Pong,
-five seeds: minimum to maximum). --published compares evaluations with other people's seeds, such as the 100 of DrQ(eps)
-in drq_eps_100k.csv (rliable's Atari-100k data, as kept in the repository eloialonso/iris, results/data/DrQ(eps).json).
+all runs of the agent have. Curves of 25 iterations or more are means of five. Beside ours, they show the authors'
+published ones (dense networks, Breakout and Pong, five seeds: minimum to maximum). --published compares evaluations
+with other people's seeds, such as the 100 of DrQ(eps) in drq_eps_100k.csv (rliable's Atari-100k data, as kept in the
+repository eloialonso/iris, results/data/DrQ(eps).json).
 """
 
 import csv
@@ -22,7 +23,7 @@ import itertools
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -214,8 +215,7 @@ def bounds(samples: np.ndarray) -> np.ndarray:
 
 def improvement(x: list[np.ndarray], y: list[np.ndarray], options: Options) -> tuple[float, np.ndarray]:
     """P(a run of x beats one of y on a random game), and its interval; x and y have an array of scores per game."""
-    other = Options(**vars(options) | {"seed": options.seed + 1})  # x and y are drawn apart
-    drawn = draws([*map(len, x)], options), draws([*map(len, y)], other)
+    drawn = draws([*map(len, x)], options), draws([*map(len, y)], replace(options, seed=options.seed + 1))
     total, samples = 0.0, np.zeros(options.repetitions)
     for one, two, i, j in zip(x, y, *(np.cumsum([0, *map(len, scores)]) for scores in (x, y)), strict=False):
         wins = (one[:, None] > two) + 0.5 * (one[:, None] == two)
@@ -266,18 +266,23 @@ def scaled(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
 def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, list[np.ndarray]], str]:
     """Method -> scores per game, of the games that all methods have; and when these scores were made, in words."""
     found, missing = defaultdict(lambda: defaultdict(dict)), defaultdict(list)  # method -> game -> seed -> score
-    last = min(run.step[-1] for run in runs if len(run.step))
-    when = "after training" if agent in LOW_DATA else f"at {steps_text(agent, last)}"
+    last = min((run.step[-1] for run in runs if len(run.step)), default=0)
+    what, when = (
+        ("evaluation", "after training") if agent in LOW_DATA else ("iteration", f"at {steps_text(agent, last)}")
+    )
     for run in runs:
-        if agent not in LOW_DATA:
-            found[run.method][run.game][run.seed] = run.normalized[max(np.searchsorted(run.step, last, "right") - 1, 0)]
-        elif run.evaluation:
+        at = np.searchsorted(run.step, last, side="right") - 1
+        if agent in LOW_DATA and run.evaluation:
             found[run.method][run.game][run.seed] = run.evaluation[1]
+        elif agent not in LOW_DATA and at >= 0:
+            found[run.method][run.game][run.seed] = run.normalized[at]
         else:
-            missing[run.method].append(f"{run.game} seed {run.seed} (no evaluation)")
+            missing[run.method].append(f"{run.game} seed {run.seed} (no {what})")
     methods = sorted({run.method for run in runs}, key=order)
     games, seeds = ({getattr(run, name) for run in runs} for name in ("game", "seed"))
     used = sorted(game for game in games if all(found[method][game] for method in methods))
+    n = sum(len(found[method][game]) for method in methods for game in used)
+    print(f"{agent}: {len(methods)} methods, {len(used)} games, {n} runs in the aggregates, scores {when}")
     there = {(run.method, run.game, run.seed) for run in runs}
     for method in methods:
         for game in sorted(games):
@@ -285,10 +290,8 @@ def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, list[np.ndarr
                 missing[method].append(f"{game} seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
         if missing[method]:
             print(f"    missing of {label(method)}: {'; '.join(missing[method])}")
-    if games - set(used):
-        print(f"    in no aggregate, as a method lacks them: {', '.join(sorted(games - set(used)))}")
-    n = sum(len(found[method][game]) for method in methods for game in used)
-    print(f"{agent}: {len(methods)} methods, {len(used)} games, {n} runs in the aggregates, scores {when}")
+    if games - {*used}:
+        print(f"    in no aggregate, as a method lacks them: {', '.join(sorted(games - {*used}))}")
     return {method: [np.array([*found[method][game].values()]) for game in used] for method in methods if used}, when
 
 
@@ -384,6 +387,9 @@ def plot_curves(agent: str, runs: list[Run], scores: dict, aggregated: list[Run]
             values = scores_at(sum(those, []), steps, "normalized")  # (runs, steps)
             low, high = bounds(iqm(values.T[:, draws([*map(len, those)], options)].swapaxes(0, 1)))
             panels[f"all games: IQM, {unit}"][method] = steps, iqm(values.T), low, high
+    if not panels:
+        print(f"{agent}: no curves, as no run has an iteration in which an episode ended")
+        return
     drawn, look = shown(methods, options), looks(methods)
     if len(drawn) < len(methods):
         rest = "; ".join(label(method) for method in methods if method not in drawn)
@@ -440,7 +446,7 @@ def plot_profiles(agent: str, scores: dict, unit: str, when: str, options: Optio
     save(figure, rows, options.output / file_name(agent, "profiles"))
 
 
-def plot_improvement(agent: str, scores: dict, options: Options) -> None:
+def plot_improvement(agent: str, scores: dict, when: str, options: Options) -> None:
     """P(a run of X beats one of Y on a random game), Y dense of one width (Agarwal et al., 2021, section 4.3)."""
     dense = [method for method in scores if method[:2] == (("layer", "dense"), ("num_experts", "1"))]
     pairs = [(x, y) for x, y in itertools.product(scores, dense) if x != y and {*y[2:]} <= {*x[2:]}]
@@ -455,7 +461,7 @@ def plot_improvement(agent: str, scores: dict, options: Options) -> None:
         axes.errorbar(p, f"{label(x)}\n> {label(y)}", xerr=[[p - low], [high - p]], **style)
         rows.append({"pair": f"{label(x)} > {label(y)}", "probability": p, "low": low, "high": high})
     axes.axvline(0.5, color="0.6", ls=":")
-    axes.set(xlim=(-0.02, 1.02), ylim=(len(pairs) - 0.5, -0.5), xlabel="probability of improvement")
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(pairs) - 0.5, -0.5), xlabel=f"probability of improvement, {when}")
     save(figure, rows, options.output / file_name(agent, "improvement"))
 
 
@@ -535,7 +541,7 @@ def main(options: Options) -> None:
             continue
         plot_scores(agent, aggregated, scores, unit, when, options)
         plot_profiles(agent, scores, unit, when, options)
-        plot_improvement(agent, scores, options)
+        plot_improvement(agent, scores, when, options)
 
 
 if __name__ == "__main__":

@@ -291,6 +291,17 @@ def test_low_data_agents_have_names_of_their_own_and_their_score_is_the_evaluati
 
 
 @pytest.mark.usefixtures("numbers_only")
+@pytest.mark.parametrize("script, lacks", [("dqn_softmoe", "iteration"), ("der_softmoe", "evaluation")])
+def test_runs_without_a_score_are_named(script, lacks, tmp_path, capsys):
+    script, given = importlib.import_module(script), {"evaluation": 2.0} if lacks == "iteration" else {}
+    short = fake_run(tmp_path / "short", script, [None] if given else [1.0], **given)
+    pictures(tmp_path, [short])
+    said = capsys.readouterr().out
+    assert f"Breakout seed 1 (no {lacks})" in said and "no aggregates" in said
+    assert ("no curves" in said) == (lacks == "iteration")
+
+
+@pytest.mark.usefixtures("numbers_only")
 def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
     settings = {"env_id": "PooyanNoFrameskip-v4"}
     found = [fake_run(tmp_path / str(i), dqn_softmoe, [10.0, x], seed=i, **settings) for i, x in enumerate((20, 50))]
@@ -359,9 +370,10 @@ def test_our_runs_stand_beside_published_ones(tmp_path, capsys):
 def test_plot_refuses_what_is_no_table_in_one_line(runs, tmp_path):
     pictures(tmp_path, runs[:1])
     (tmp_path / "empty.csv").write_text("game,agent\n")
-    for given in ([tmp_path / "empty.csv"], [tmp_path / "results.csv", "-o", __file__]):
-        done = run("plot", *given)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    with pytest.raises(FileExistsError):
+        pictures(tmp_path, runs[:1], output=Path(__file__))
+    done = run("plot", tmp_path / "empty.csv")
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/empty.csv is no table of collect.py's\n"
 
 
 @pytest.mark.usefixtures("numbers_only")
