@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, files, notes, only_run, quick, read_csv
+from runs import checkpoint, files, notes, only_run, quick, read_csv
 
 import dqn_softmoe
 from dqn_softmoe import Agent, Args, Environments, QNetwork, ReplayBuffer, main, open_run, reset_seed

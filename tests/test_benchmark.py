@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from cuda_emulation import Graph, emulated_cuda
+from runs import HELPERS, ROOT
 
 import rainbow_softmoe
 
@@ -19,7 +19,7 @@ GAME = "pixel_game:PixelCatch-v0"
 
 def benchmark(folder, *flags):
     command = [sys.executable, ROOT / "scripts" / "benchmark.py", "--no-cuda", "--output", folder, *flags]
-    path = {"PYTHONPATH": str(ROOT / "tests")}
+    path = {"PYTHONPATH": str(HELPERS)}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | path, cwd=folder)
 
 

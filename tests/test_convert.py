@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from runs import ROOT
 
 sys.path.append(str(ROOT / "scripts"))
 import convert_dqn_replay as convert

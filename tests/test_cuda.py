@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
-from conftest import AGENTS, checkpoint, only_run, quick
+from runs import AGENTS, checkpoint, only_run, quick
 
 import der_softmoe
 import dqn_softmoe

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, only_run, outcome, quick, same
 from cuda_emulation import CaptureError, Graph, HazardError, emulated_cuda
+from runs import HELPERS, ROOT, only_run, outcome, quick, same
 
 OFFLINE = {"total_updates": 90, "iteration_updates": 40, "eval_steps": 60, "num_envs": 3, "checkpoint_every": 30}
 SHORT = {"total_timesteps": 400, "checkpoint_every": 160, "epsilon_decay_steps": 100}
@@ -153,7 +153,7 @@ def fake(tmp_path_factory):
     """Case -> function -> what it launched, and what passed between the host and a device that is not there."""
     if torch.backends.cuda.is_built() or shutil.which("g++") is None:
         pytest.skip("needs a CPU build of PyTorch, and g++ for a device guard that it lacks")
-    command = [sys.executable, ROOT / "tests" / "fake_cuda.py", tmp_path_factory.mktemp("helper")]
+    command = [sys.executable, HELPERS / "fake_cuda.py", tmp_path_factory.mktemp("helper")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {result.pop("case"): result for result in map(json.loads, done.stdout.splitlines())}

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import AGENTS, ROOT
+from runs import AGENTS, ROOT
 
 import moe_layers as moe
 

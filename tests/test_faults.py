@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv
+from runs import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv
 
 import dqn_softmoe
 import rainbow_softmoe

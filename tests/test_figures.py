@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, only_run, quick, read_csv
+from runs import HELPERS, ROOT, only_run, quick, read_csv
 
 import dqn_softmoe
 import moe_layers as moe
@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "scripts"))
 analyze, collect, evaluate, plot = map(importlib.import_module, ("analyze", "collect", "evaluate", "plot"))
 
 
-def run(script, *given, cwd=None, path=ROOT / "tests"):
+def run(script, *given, cwd=None, path=HELPERS):
     command = [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, given)]
     path = {"PYTHONPATH": str(path)}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | path, cwd=cwd)

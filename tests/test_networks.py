@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from runs import GOLDEN
 from torch import nn
 
 from dqn_softmoe import Args, Batch, QNetwork, impala_cnn, nature_cnn, select_actions, td_loss

@@ -18,7 +18,7 @@ import numpy as np
 import pixel_game
 import pytest
 import torch
-from conftest import only_run, read_csv
+from runs import only_run, read_csv
 from test_replay import FRAME_SHAPE, GAMMA, Oracle, Row, check_batch, draw_with, random_rows
 from torch import nn
 

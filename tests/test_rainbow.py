@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import quick
+from runs import quick
 from test_moe_layers import Operations
 from test_networks import load_golden
 from torch import nn

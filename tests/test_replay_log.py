@@ -16,7 +16,7 @@ import ale_py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, only_run, quick
+from runs import HELPERS, ROOT, only_run, quick
 from test_replay import Oracle, Row
 
 import cql_softmoe
@@ -144,7 +144,7 @@ def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path
     flags += " --total-timesteps 1600 --learning-starts 1600"
     line = [sys.executable, "-c", SLOWLY, "--runs-dir", str(tmp_path), *flags.split()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    quiet["env"] = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    quiet["env"] = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
     run, deadline = subprocess.Popen(line, **quiet), time.monotonic() + 100
 
     def writing(path: Path) -> bool:

@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+from runs import ROOT
 
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {

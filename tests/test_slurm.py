@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_outcome, checkpoint
+from runs import HELPERS, ROOT, assert_same_outcome, checkpoint
 
 import dqn_softmoe
 
@@ -67,7 +67,7 @@ def slurm(tmp_path_factory):
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "tests")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(HELPERS)}
 
     def call(*command) -> str:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)

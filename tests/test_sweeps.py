@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, checkpoint
+from runs import HELPERS, ROOT, checkpoint
 
 FIGURE = ROOT / "scripts" / "figure.sh"
 FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 tokenize".split()
@@ -22,7 +22,7 @@ SMALL += "--eval-episodes 1 --target-network-frequency 100 --no-cuda"
 
 
 def shell(*command, cwd=ROOT, **settings):
-    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | settings
+    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{HELPERS}", "OMP_NUM_THREADS": "1"} | settings
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | settings)
 
 
@@ -220,7 +220,7 @@ def test_an_offset_reaches_the_lines_beyond_the_largest_array(tmp_path):
 def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path, number):
     run = sweep(60_000, flags="--checkpoint-every 400")
     command = [ROOT / "scripts" / "sweep.sh", "--jobs", "2", tmp_path / "list.txt"]
-    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{HELPERS}"}
     started = subprocess.Popen(
         command,
         cwd=tmp_path,

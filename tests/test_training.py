@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from runs import (
     AGENTS,
     ROOT,
     Child,
@@ -310,7 +310,7 @@ def test_evaluation_plays_each_game_once_and_leaves_no_trace(agent, quick_args):
 @pytest.mark.parametrize("name, encoding, flags", [(AGENTS[1], "ascii", ["-OO"]), (AGENTS[2], "latin-1", [])])
 def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding, flags):
     """DQN's does so below."""
-    for file in (f"{name}.py", "moe_layers.py", "tests/pixel_game.py"):
+    for file in (f"{name}.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
         shutil.copy(ROOT / file, tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
@@ -328,7 +328,7 @@ def test_the_printed_command_continues_a_run_that_a_signal_stopped(tmp_path):
     folder, elsewhere = tmp_path / "my scripts", tmp_path / "else where"
     elsewhere.mkdir()
     folder.mkdir()
-    for file in ("dqn_softmoe.py", "moe_layers.py", "tests/pixel_game.py"):
+    for file in ("dqn_softmoe.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
         shutil.copy(ROOT / file, folder)
     line = words(runs_dir="its runs", total_timesteps=100_000)
     command = [sys.executable, "../my scripts/dqn_softmoe.py", *line]

@@ -1,6 +1,6 @@
 """Acting, storing and learning with "cuda" tensors that have no data: device mixes and hidden waits, without a GPU.
 
-    python tests/fake_cuda.py FOLDER        # a folder for a compiled helper; prints one line of JSON per case
+    python tests/helpers/fake_cuda.py FOLDER        # a folder for a compiled helper; prints one line of JSON per case
 
 PyTorch's fake tensors have shapes, types and devices, but no values: what mixes devices raises, and so does what needs
 a value. `Watch` counts operations on the device and notes copies between it and the host. A CPU build knows no device
@@ -146,7 +146,7 @@ def plant(script, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     folder = Path(sys.argv[1])
     for name, dtype in {"action": "int64", "reward": "float32", "terminated": "?", "truncated": "?"}.items():
         np.save(folder / f"{name}.npy", np.zeros(50, dtype))
