@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from operations import Operations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_layers import (
@@ -546,20 +546,6 @@ def test_everything_runs_without_data_on_the_device_of_its_input(layer_class, op
     assert {x.device.type for x in [*tree_leaves(output), *rest]} == {"meta"} and {x.shape for x in rest} == {()}
     for module, shape in ((NoisyLinear(6, 3), (2, 6)), (DenseLayer(6, 3), (2, 6)), (PatchTokenizer(6), (2, 6, 3, 3))):
         module.to("meta")(torch.zeros(shape, device="meta")).sum().backward()
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operations that run, and the size of the largest tensor that one makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.append(func.overloadpacket.__name__)
-        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
-        return result
 
 
 @pytest.mark.parametrize("layer_class, options", OPTIONS)

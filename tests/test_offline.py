@@ -18,8 +18,8 @@ import numpy as np
 import pixel_game
 import pytest
 import torch
+from replay_oracle import FRAME_SHAPE, GAMMA, Oracle, Row, check_batch, draw_with, random_rows
 from runs import only_run, read_csv
-from test_replay import FRAME_SHAPE, GAMMA, Oracle, Row, check_batch, draw_with, random_rows
 from torch import nn
 
 import cql_softmoe

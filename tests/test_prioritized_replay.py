@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_replay import (
+from operations import operations_of
+from replay_oracle import (
     FRAME_SHAPE,
     GAMMA,
-    Operations,
     Oracle,
     both,
     check_batch,
@@ -317,7 +317,7 @@ def test_runs_where_there_are_no_values():
             (replay.sample, batch_size),
             (replay.update_priorities, index, losses),
         )
-        operations.append([Operations(*call).names for call in calls])
+        operations.append([operations_of(*call).names for call in calls])
     assert operations[0] == operations[1]
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from runs import quick
-from test_moe_layers import Operations
 from test_networks import load_golden
 from torch import nn
 

@@ -16,8 +16,8 @@ import ale_py
 import numpy as np
 import pytest
 import torch
+from replay_oracle import Oracle, Row
 from runs import HELPERS, ROOT, only_run, quick
-from test_replay import Oracle, Row
 
 import cql_softmoe
 import dqn_softmoe
