@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 import zipfile
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ROOT
+from runs import ROOT, wait_for
 
 sys.path.append(str(ROOT / "scripts"))
 import convert_dqn_replay as convert
@@ -565,9 +564,7 @@ def test_a_signal_leaves_nothing_half_done(tmp_path, number):
     old = signal.signal(number, signal.SIG_DFL)  # a job in the background inherits that SIGINT is ignored
     run = subprocess.Popen(command, **pipe)
     signal.signal(number, old)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("b.*.tmp/replay_logs")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: list(tmp_path.glob("b.*.tmp/replay_logs")), "a folder that is being filled")
     run.send_signal(number)
     error = run.communicate()[1]
     assert run.returncode == 2 and error.splitlines()[-1] == "error: KeyboardInterrupt: stopped by a signal"

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv
+from runs import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv, wait_for
 
 import dqn_softmoe
 import rainbow_softmoe
@@ -80,19 +79,24 @@ def resumes(args: Args, step: int | None) -> None:
 
 # -------------------------------------------------------------------------------------- other processes and files
 def test_a_second_process_changes_nothing(args, child, tmp_path):
+    reached, go_on = tmp_path.parent / "reached", tmp_path.parent / "go_on"
+
+    def pause():
+        reached.touch()
+        wait_for(go_on.exists, "the others to be refused")
+
     def first():
-        send = dqn_softmoe.Environments.send
-        dqn_softmoe.Environments.send = lambda *_: (time.sleep(0.01), send(*_))
+        at_call(dqn_softmoe.Environments, "send", [101], pause)
         main(args)
 
     running = Child(tmp_path.parent, first)
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        time.sleep(0.01)
+    wait_for(reached.exists, "a run in its middle")
     config = (tmp_path / "run" / "config.json").read_bytes()
     for resume in ("auto", str(tmp_path / "run")):
         code, out, err = child(resume=resume)
         assert (code, out) == (2, "") and "in use by another process" in error(err)
     assert (tmp_path / "run" / "config.json").read_bytes() == config
+    go_on.touch()
     assert running.wait()[0] == 0
     main(replace(args, resume=None, run_name="unbroken"))
     assert_same_outcome(tmp_path / "run", tmp_path / "unbroken")

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ale_py
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from replay_oracle import Oracle, Row
-from runs import HELPERS, ROOT, only_run, quick
+from runs import HELPERS, ROOT, only_run, quick, wait_for
 
 import cql_softmoe
 import dqn_softmoe
@@ -112,8 +111,7 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monke
         patch.setattr(dqn_softmoe.RunLog, "iteration", die)
         dqn_softmoe.main(args)
     folder = only_run(tmp_path) / "replay"
-    while not (folder / "000000000380.npz").exists():  # its thread is still at work
-        time.sleep(0.01)
+    wait_for((folder / "000000000380.npz").exists, "a segment, whose thread is still at work")
     del oracle.lanes[0][190:]
     args.resume, args.checkpoint_every = str(folder.parent), 0
     dqn_softmoe.main(args)
@@ -121,15 +119,16 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monke
     assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == [0, 120, 190, 240, 360, 480]
 
 
-SLOWLY = """
-import io, sys, time, numpy as np, dqn_softmoe
+IN_HALVES = """
+import io, os, sys, time, numpy as np, dqn_softmoe
 
 def save(file, save=np.savez_compressed, **arrays):
     whole = io.BytesIO()
     save(whole, **arrays)
     file.write(whole.getvalue()[:500])
     file.flush()
-    time.sleep(0.3)
+    while os.environ["WAIT_AT"] in file.name:
+        time.sleep(1)
     file.write(whole.getvalue()[500:])
 
 np.savez_compressed = save
@@ -138,29 +137,22 @@ dqn_softmoe.main(dqn_softmoe.parse_args())
 
 
 def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path):
-    """A process of its own, killed between the two halves of a segment's file."""
+    """A process of its own, killed between the two halves of the file of the segment after its checkpoint."""
     flags = "--env-id pixel_game:PixelCatch-v0 --no-cuda --encoder nature --expert-hidden-dim 8 --eval-episodes 0"
     flags += " --save-replay --resume auto --buffer-size 400 --checkpoint-every 1000"
     flags += " --total-timesteps 1600 --learning-starts 1600"
-    line = [sys.executable, "-c", SLOWLY, "--runs-dir", str(tmp_path), *flags.split()]
+    line = [sys.executable, "-c", IN_HALVES, "--runs-dir", str(tmp_path), *flags.split()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    quiet["env"] = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
-    run, deadline = subprocess.Popen(line, **quiet), time.monotonic() + 100
-
-    def writing(path: Path) -> bool:
-        try:
-            return path.stat().st_size >= 500
-        except OSError:
-            return False
-
-    while not any(map(writing, tmp_path.glob("*/replay/00000000[12]*.tmp"))) and time.monotonic() < deadline:
-        time.sleep(0.002)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
+    run = subprocess.Popen(line, env=environment | {"WAIT_AT": "000000001000"}, **quiet)
+    half = "*/replay/000000001000.npz.tmp"
+    wait_for(lambda: any(path.stat().st_size == 500 for path in tmp_path.glob(half)), "half a segment")
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     folder = only_run(tmp_path) / "replay"
     assert len(list(folder.glob("*.tmp"))) == 1 and (folder.parent / "checkpoint.pt").exists()
     assert read(folder)["action"].size >= 1000
-    subprocess.run(line, check=True, **quiet)
+    subprocess.run(line, check=True, env=environment | {"WAIT_AT": "nowhere"}, **quiet)
     arrays = read(folder)
     assert arrays["action"].shape == (4, 400) and not list(folder.glob("*.tmp"))
     assert np.flatnonzero(arrays["truncated"].any(axis=0)).tolist() == [249, 399]  # the checkpoints

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from runs import (
     quick,
     read_csv,
     same,
+    wait_for,
 )
 
 import der_softmoe
@@ -120,18 +120,18 @@ def signal_at(agent, call: int, name: str = "SIGKILL") -> None:
 
 def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quick_args, tmp_path):
     args = quick_args(total_timesteps=1200, checkpoint_every=100, num_envs=4, replay_ratio=0.125, batch_size=8)
-    begun = time.monotonic()
+    rng = np.random.default_rng()
+
+    def killed(rounds: int, delay: float):
+        """By an alarm, anywhere in the milliseconds after so many of the 300 rounds."""
+        at_call(agent.Environments, "send", [rounds], lambda: signal.setitimer(signal.ITIMER_REAL, delay))
+        agent.main(replace(args, run_name="killed", resume="auto"))
+
     agent.main(replace(args, run_name="unbroken"))
-    delays, killed = (np.random.default_rng().uniform(0.05, 0.5, 8) * (time.monotonic() - begun)).tolist(), 0
-    for delay in delays:
-        child = Child(tmp_path, agent.main, replace(args, run_name="killed", resume="auto"))
-        time.sleep(delay)
-        os.kill(child.pid, signal.SIGKILL)
-        code, _, err = child.wait()
-        killed += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL), err
+    for rounds, delay in zip(rng.integers(1, 60, 8).tolist(), rng.uniform(1e-6, 0.02, 8), strict=True):
+        code, _, err = Child(tmp_path, killed, rounds, delay).wait()
+        assert code == -signal.SIGALRM, err
     agent.main(replace(args, run_name="killed", resume="auto"))
-    assert killed >= 1, delays  # the first comes before half of the run's time
     assert_same_outcome(*(Path(args.runs_dir) / name for name in ("unbroken", "killed")))
 
 
@@ -338,7 +338,7 @@ def test_the_printed_command_continues_a_run_that_a_signal_stopped(tmp_path):
     for line in run.stdout:
         if line.startswith("  run "):
             break
-    time.sleep(1)
+    wait_for(lambda: any(map(read_csv, elsewhere.glob("*/*/episodes.csv"))), "the end of an episode")
     run.terminate()
     out, err = run.communicate(timeout=60)
     assert run.returncode == 75, err
