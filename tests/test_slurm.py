@@ -1,24 +1,24 @@
 """`scripts/sweep.sbatch` on a real Slurm of one node: an array, a signal, the queue again, and on to the bit."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import HELPERS, ROOT, assert_same_outcome, checkpoint
+from runs import HELPERS, ROOT, assert_same_outcome, checkpoint, wait_for
 
 import dqn_softmoe
 
 CONFIG = """
 ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=26817
-SlurmdPort=26818
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
 SlurmUser=root
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
@@ -45,11 +45,12 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """  # a requeued job waits until its credential has expired, by default 120 s
 
 
-def wait_for(condition, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,8 @@ def slurm(tmp_path_factory):
         path.chmod(0o755)
     for name in ("state", "spool"):
         (folder / name).mkdir(mode=0o755)
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, cpus=os.cpu_count()))
+    settings = {"folder": folder, "host": host, "cpus": os.cpu_count(), "ports": free_ports(2)}
+    (folder / "slurm.conf").write_text(CONFIG.format(**settings))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
@@ -79,7 +81,7 @@ def slurm(tmp_path_factory):
     for name in ("slurmctld", "slurmd"):
         call(name, "-c", "-f", folder / "slurm.conf")
     try:
-        wait_for(lambda: call("sinfo", "-h", "-o", "%t") == "idle", 30, "an idle node")
+        wait_for(lambda: call("sinfo", "-h", "-o", "%t") == "idle", "an idle node")
         yield call
     finally:
         for name in ("slurmd", "slurmctld", "munged"):
@@ -100,11 +102,11 @@ def test_an_array_is_signalled_requeued_and_goes_on_to_the_bit(slurm, tmp_path):
         *(f"--export=ALL,LIST={tmp_path}/list.txt", "scripts/sweep.sbatch"),
     )
     first = tmp_path / "run1"
-    wait_for(lambda: (first / "metrics.csv").exists() and "1000" in (first / "metrics.csv").read_text(), 60, "a run")
+    wait_for(lambda: (first / "metrics.csv").exists() and "1000" in (first / "metrics.csv").read_text(), "a run")
     slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    wait_for(lambda: "exit code 75" in (tmp_path / "1.log").read_text(), 30, "a checkpoint")
+    wait_for(lambda: "exit code 75" in (tmp_path / "1.log").read_text(), "a checkpoint")
     shutil.copytree(first, tmp_path / "copy")  # while it waits in the queue
-    wait_for(lambda: slurm("squeue", "-h", "-j", job) == "", 120, "the end of the array")
+    wait_for(lambda: slurm("squeue", "-h", "-j", job) == "", "the end of the array")
     log = (tmp_path / "1.log").read_text()
     assert "restart 0" in log and "restart 1" in log and log.rstrip().endswith("exit code 0")
     step = checkpoint(tmp_path / "copy")["progress"]["global_step"]

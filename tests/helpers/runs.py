@@ -85,7 +85,7 @@ def wait_for(condition, what: str, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 class Child:
