@@ -6,7 +6,6 @@ gives what it is told: draw i of B lands at the share (i + rand_i) / B of the to
 
 import importlib
 import math
-import time
 
 import numpy as np
 import pytest
@@ -214,14 +213,12 @@ def test_draws_among_a_million_places_are_exact():
         assert (replay.weight.view(-1)[index] > 0).all()
 
 
-def test_a_draw_and_an_update_among_a_million_places_take_little_time():
-    """4 ms on one core at most, however busy the machine is."""
-    replay, losses, times = million(np.full(1_000_000, 2**20)), torch.rand(32), []
-    for _ in range(60):
-        started = time.process_time()
-        replay.update_priorities(replay.sample(32).index, losses)
-        times.append(time.process_time() - started)
-    assert np.median(times) < 0.004
+def test_a_draw_and_an_update_look_at_few_of_a_million_places():
+    """Those that they index: no other operation is given more than the blocks of 32 draws."""
+    replay = million(np.full(1_000_000, 2**20))
+    given = operations_of(lambda: replay.update_priorities(replay.sample(32).index, torch.rand(32))).given
+    large = {name for name in given if given[name] > 32 * rainbow_softmoe.BLOCK_SIZE}
+    assert large <= {"index", "index_select", "index_copy_", "view"}
 
 
 # ------------------------------------------------------------------------------------------------- weights and updates
