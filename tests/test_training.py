@@ -128,7 +128,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quic
         agent.main(replace(args, run_name="killed", resume="auto"))
 
     agent.main(replace(args, run_name="unbroken"))
-    for rounds, delay in zip(rng.integers(1, 60, 8).tolist(), rng.uniform(1e-6, 0.02, 8), strict=True):
+    for rounds, delay in zip(rng.integers(1, 60, 5).tolist(), rng.uniform(1e-6, 0.02, 5), strict=True):
         code, _, err = Child(tmp_path, killed, rounds, delay).wait()
         assert code == -signal.SIGALRM, err
     agent.main(replace(args, run_name="killed", resume="auto"))
