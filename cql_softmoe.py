@@ -28,8 +28,11 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -49,7 +52,7 @@ import moe_layers as moe
 
 
 @dataclass
-class Args:
+class Args(moe.LayerArgs):
     # Run
     env_id: str = "BreakoutNoFrameskip-v4"  # Atari id, or a Gymnasium id with single uint8 frames ("module:Game-v0")
     seed: int = 1  # seed of networks, exploration, replay draws and environments
@@ -74,17 +77,6 @@ class Args:
     terminal_on_life_loss: bool = False  # a lost life clears the stack in evaluation, as in such data (Atari only)
 
     # Network
-    layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
-    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
-    expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
-    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"] = "PerConv"  # fig. 3
-    capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
-    normalize_router: bool = False  # L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)
-    learned_phi: bool = True  # learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)
-    expert_variant: Literal["regular", "big"] = "regular"  # big: an encoder in each expert (softmoe; paper, figure 13)
-    load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"  # top1moe; paper, figure 9
-    importance_weight: float = 1.0  # weight of the importance loss (authors' code: 1)
-    load_weight: float = 1.0  # weight of the load loss (authors' code: 1)
     encoder: Literal["impala", "nature"] = "impala"  # convolutions (paper: Impala; DER and figure 7: Nature CNN)
     encoder_width: int = 1  # multiplies the encoder's channels
     impala_filter: int = 3  # kernel of Impala's convolutions (paper: 3; figure 18: 4, 6)
@@ -101,9 +93,7 @@ class Args:
     learning_rate: float | None = None  # Adam's learning rate (default, paper: CQL+C51 6.25e-5, CQL 5e-5)
     adam_eps: float | None = None  # Adam's epsilon (default, paper: CQL+C51 1.5e-4, CQL 3.125e-4)
     gamma: float = 0.99  # discount (paper: 0.99)
-    target_network_frequency: int | None = (
-        None  # updates between copies to the target (default: CQL+C51 100, CQL 2,000)
-    )
+    target_network_frequency: int | None = None  # updates between copies to the target (CQL+C51 100, CQL 2,000)
 
     # CQL
     distributional: bool = True  # CQL+C51; else CQL, on expected values with the Huber loss
@@ -116,8 +106,7 @@ class Args:
     eval_epsilon: float = 0.001  # exploration in evaluation (paper: 0.001)
 
     def __post_init__(self):
-        if self.num_experts is None:
-            self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else 8
+        super().__post_init__()
         defaults = {"n_step": (3, 1), "learning_rate": (6.25e-5, 5e-5), "adam_eps": (1.5e-4, 3.125e-4)}
         for name, (c51, cql) in (defaults | {"target_network_frequency": (100, 2_000)}).items():
             if getattr(self, name) is None:
@@ -183,33 +172,13 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        impala = functools.partial(impala_cnn, kernel=args.impala_filter)
-        encoder = impala if args.encoder == "impala" else nature_cnn
-        big = args.expert_variant == "big"
-        self.encoder = nn.Identity() if big else encoder(obs_shape[0], args.encoder_width)
+        encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
+        make_encoder = functools.partial(encoder, width=args.encoder_width)
+        big = args.expert_variant == "big"  # the encoders are in the experts
+        self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
-            features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
-        tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
-        if tokenization.startswith("PerPatch"):
-            self.tokenizer = moe.PatchTokenizer(features.shape[1], average=tokenization == "PerPatchAvg")
-        elif tokenization == "Shuffled":
-            self.tokenizer = moe.ShuffledTokenizer(features.shape[1:])
-        else:
-            self.tokenizer = functools.partial(moe.tokenize, tokenization=tokenization)
-        _, num_tokens, token_dim = self.tokenizer(features).shape
-        if args.layer in ("dense", "gap", "tokenized"):
-            layer = moe.TokenizedLayer if args.layer == "tokenized" else moe.DenseLayer
-            num_features = args.expert_hidden_dim * args.num_experts
-            self.moe = layer(token_dim, num_features)
-        else:
-            num_features = num_tokens * token_dim
-            options = {"capacity_factor": args.capacity_factor}
-            if args.layer == "softmoe":
-                options |= {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
-                options["make_encoder"] = functools.partial(encoder, token_dim, args.encoder_width) if big else None
-            layers = {"softmoe": moe.SoftMoE, "top1moe": moe.Top1MoE, "expert_choice": moe.ExpertChoiceMoE}
-            sizes = (num_tokens, token_dim, args.num_experts, args.expert_hidden_dim)
-            self.moe = layers[args.layer](*sizes, **options)
+            shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
+        self.tokenizer, self.moe, num_features = moe.build_layer(args, shape, make_encoder=make_encoder)
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms)
         self.value = moe.linear(num_features, num_atoms) if args.distributional and args.dueling else None
@@ -218,11 +187,9 @@ class QNetwork(nn.Module):
         self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
-        """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
+        """What the head reads, (B, F), and the MoEOutput; None for a dense layer."""
         x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
-        x = self.encoder(x)  # (B, C, h, w)
-        output = self.moe(self.tokenizer(x))
-        return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)
+        return moe.flatten_output(self.moe(self.tokenizer(self.encoder(x))))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         features, output = self.features(obs)
@@ -282,10 +249,13 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     if args.distributional:
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
         target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
+        # Indexing, [rows, actions], would do as well, but sorts in its gradient.
         log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
-        loss = -(target_probs * log_probs).sum(dim=1).mean()
+        losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
     else:
-        loss = F.smooth_l1_loss(q_taken, batch.reward + batch.discount * next_logits[:, 0])
+        target = batch.reward + batch.discount * next_logits[:, 0]  # (B,)
+        losses = F.smooth_l1_loss(q_taken, target, reduction="none")  # (B,)
+    loss = losses.mean()
     cql = (q_values.logsumexp(dim=1) - q_taken).mean()
     metrics = {"td_loss": loss.detach(), "cql_loss": cql.detach(), "q_data": q_taken.detach().mean()}
     metrics["q_greedy"] = q_values.detach().max(dim=1).values.mean()
@@ -323,8 +293,8 @@ class Dataset(nn.Module):
         self.weight = nn.Buffer(torch.zeros(math.ceil(self.size / BLOCK_SIZE), BLOCK_SIZE, dtype=torch.float64))
         self.weight.view(-1)[: self.size] = drawable
         self.block_sums = nn.Buffer(self.weight.sum(dim=1))
-        self.stack = nn.Buffer(torch.arange(STACK_SIZE - 1, -1, -1))  # steps back, oldest first
-        self.steps = nn.Buffer(torch.arange(n_step))  # 0 .. n-1
+        self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1))  # -3 .. 0
+        self.window_offsets = nn.Buffer(torch.arange(n_step))  # 0 .. n-1
         self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]))  # (n+1,)
 
     def sample(self, batch_size: int) -> Batch:
@@ -342,7 +312,7 @@ class Dataset(nn.Module):
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that start at places (B,)."""
-        window = self.later(index[:, None], self.steps)  # (B, n)
+        window = self.later(index[:, None], self.window_offsets)  # (B, n)
         terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
         ended = (terminated | truncated).long()
         taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
@@ -354,7 +324,7 @@ class Dataset(nn.Module):
 
     def observation(self, index: Tensor) -> Tensor:
         """Stacked frames (..., stack, H, W) that end at places (...)."""
-        stack = self.later(index[..., None], -self.stack)  # (..., stack)
+        stack = self.later(index[..., None], self.stack_offsets)  # (..., stack)
         ended = (self.terminated[stack] | self.truncated[stack]).long()
         forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # an end lies in between
         stack = torch.where(forgotten, self.size, stack)  # the black frame
@@ -374,10 +344,9 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     if not paths:
         raise ValueError(f"--dataset-dir {root}: no data is there, python dqn_softmoe.py --save-replay makes it")
     metadata = json.loads((source / "metadata.json").read_text())
-    game = [
-        gym.spec(env_id.rpartition(":")[2]).kwargs.get("game", env_id) for env_id in (metadata["env_id"], args.env_id)
-    ]
-    if game[0] != game[1] or metadata["num_actions"] != envs.num_actions:
+    specs = (gym.spec(env_id.rpartition(":")[2]) for env_id in (metadata["env_id"], args.env_id))
+    ours, theirs = (spec.kwargs.get("game", spec.id) for spec in specs)
+    if ours != theirs or metadata["num_actions"] not in (None, envs.num_actions):
         raise ValueError(f"--env-id {args.env_id}: the data of {source} is of {metadata['env_id']}")
     used = [args.data_fraction, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)]
     cache = Path(args.cache_dir or source.parent / "replay_cache") / hashlib.md5(json.dumps(used).encode()).hexdigest()
@@ -387,11 +356,25 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
         temporary.mkdir(parents=True)
         try:
             unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
+            write_json(temporary / "checksums.json", checksums(temporary))
             if not cache.exists():
                 temporary.rename(cache)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    if checksums(cache) != json.loads((cache / "checksums.json").read_text()):
+        raise ValueError(f"{cache} is damaged: remove it, and the data will be unpacked anew")
     return cache, metadata["num_envs"]
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of the arrays, which are read whole; they are mapped later, where damage would go unnoticed."""
+    found = {}
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb") as file:
+            found[path.name] = 0
+            while block := file.read(2**24):
+                found[path.name] = zlib.crc32(block, found[path.name])
+    return found
 
 
 def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environments", folder: Path) -> None:
@@ -402,23 +385,24 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     if need > free:
         raise ValueError(f"unpacked data takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder.parent}")
     shapes = dict.fromkeys(Dataset.FIELDS, (size,)) | {"frames": (size + 1, *envs.frame_shape)}  # the last is black
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
-        for name, dtype in Dataset.FIELDS.items()
-    }
+    arrays = {}
+    for name, dtype in Dataset.FIELDS.items():
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
-    start, expected = 0, 0  # place; agent step that follows what is there
+    start, expected, end = 0, 0, 0  # place; agent steps that follow what is used, and the segment
     print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
     with contextlib.ExitStack() as stack:
         stop = stop_on_signals(stack)
         for path, used in zip(tqdm(paths, desc="unpacking", unit="segment", **BAR), rows, strict=True):
-            segment, places = read_segment(path, num_envs, envs), slice(start, start + used * num_envs)
+            segment = read_segment(path, num_envs, envs.frame_shape, envs.num_actions, end)
+            places = slice(start, start + used * num_envs)
             for name, array in arrays.items():
                 array[places] = segment[name][:, :used].swapaxes(0, 1).reshape(-1, *array.shape[1:])
             if int(path.stem) != expected:  # steps are missing: stacks lack frames, and what came before was cut
                 drawable[start : start + (STACK_SIZE - 1) * num_envs] = False
                 truncated[start - num_envs : start] = ~terminated[start - num_envs : start]
             start, expected = places.stop, int(path.stem) + used * num_envs
+            end = int(path.stem) + segment["action"].size
             if stop.is_set():
                 raise InterruptedError("stopped by a signal")
     truncated[-num_envs:] = ~terminated[-num_envs:]
@@ -427,24 +411,40 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     np.save(folder / "drawable.npy", drawable & ~truncated)
 
 
-def load_segment(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+def load_segment(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of a segment. ValueError for any damage: the archive's checksums are at the end of each array."""
+    arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                with archive.open(f"{name}.npy") as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                    if file.read(1):
+                        raise ValueError(f"{name} is longer than its header says")
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return arrays
 
 
-def read_segment(path: Path, num_envs: int, envs: "Environments") -> dict[str, np.ndarray]:
-    """The arrays (N, rows, ...) of a segment. ValueError for others than `ReplayLog` writes."""
-    arrays = load_segment(path, [*Dataset.FIELDS])
-    shape = arrays["action"].shape[:2]
+def read_segment(path: Path, num_envs: int, frame_shape: tuple, num_actions: int, end: int) -> dict[str, np.ndarray]:
+    """The arrays (N, rows, ...) of a segment that begins at agent step `end` or later.
+
+    ValueError, with the file and the array, for what `ReplayLog` does not write.
+    """
+    arrays = load_segment(path, Dataset.FIELDS)
+    if int(path.stem) < end or int(path.stem) % num_envs:
+        raise ValueError(f"{path} must begin at a multiple of {num_envs} from {end} on")
+    bounds = {"action": (0, num_actions - 1), "reward": (-1, 1), "terminated": (0, 1), "truncated": (0, 1)}
     for name, array in arrays.items():
-        expected = (num_envs, *shape[1:], *(envs.frame_shape if name == "frames" else ()))
+        expected = (num_envs, *arrays["action"].shape[1:2], *(frame_shape if name == "frames" else ()))
         if array.dtype != Dataset.FIELDS[name] or array.shape != expected:
             raise ValueError(f"{path}: {name} is {array.dtype} {array.shape}, not {Dataset.FIELDS[name]} {expected}")
-    if arrays["action"].min() < 0 or arrays["action"].max() >= envs.num_actions:
-        raise ValueError(f"{path}: actions up to {arrays['action'].max()}, but there are {envs.num_actions}")
+        low, high = bounds.get(name, (0, 255))
+        numbers = array.view(np.uint8) if array.dtype == bool else array
+        if name in bounds and not ((numbers >= low) & (numbers <= high)).all():  # a NaN is not either
+            raise ValueError(f"{path}: {name} has values that are not from {low} to {high}")
+    if (arrays["terminated"] & arrays["truncated"]).any():
+        raise ValueError(f"{path}: truncated has a row that is terminated, too")
     return arrays
 
 
@@ -455,8 +455,9 @@ MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado 
 class Environments:
     """N games side by side; the step that ends one returns the first frame of the next (Gymnasium's SAME_STEP).
 
-    Atari runs in ale-py's C++ threads at the paper's settings: `send`, do other work, `recv`. Any other Gymnasium id is
-    made as it is. ValueError where its observations are not single uint8 frames or its actions not Discrete.
+    Atari runs in ale-py's C++ threads at the paper's settings: call `send`, do other work, call `recv`. Any other
+    Gymnasium id is made as it is. Raises ValueError where observations are not single uint8 frames or actions are not
+    Discrete.
     """
 
     def __init__(self, args: Args, num_envs: int):
@@ -469,7 +470,7 @@ class Environments:
         self.game = spec.kwargs["game"] if atari else None
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, min(num_envs, cores - 1))  # they spin: leave the learner a core
+            threads = max(1, min(num_envs, cores - 1))  # ale-py's threads spin, so one core is left for the learner
             game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
             # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
             game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
@@ -493,19 +494,20 @@ class Environments:
         return obs.reshape(-1, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
-        """Start a step with actions (N,), all in range: an out-of-range one would hang ale-py."""
+        """Start a step with actions (N,). They must be in range, because ale-py hangs on one that is not."""
         self.action = action
         if self.game:
             self.envs.send(action)
 
     def recv(self) -> tuple[np.ndarray, ...]:
-        """What came of it, all (N, ...): next frame, raw reward, terminated, truncated, whether the game is over.
+        """Wait for the step: next frame, raw reward, terminated, truncated, whether the game is over; all (N, ...).
 
-        `terminated` and `truncated`, never both, are the learner's: a lost life may terminate, while the game goes on.
+        `terminated` and `truncated` are the learner's and never both set. A lost life may set `terminated` while the
+        game goes on.
         """
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
-        if self.life_loss:  # after a game over these are the next game's lives
+        if self.life_loss:  # after a game over `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
@@ -517,7 +519,7 @@ def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, forgetting the past where an episode starts (N,)."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place; `start` (N,) clears the stack before an episode."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -530,10 +532,15 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
     return torch.where(explore, random, q_values.argmax(dim=1))
 
 
+@torch.no_grad()
+def act(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
+    """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
+    return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
+
+
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a file a line every 30 s
 
 
-@torch.no_grad()
 def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, stop: threading.Event) -> list[float]:
     """Raw returns of whole games at `eval_epsilon`: each environment plays its share of `eval_steps` and its last game.
 
@@ -541,11 +548,8 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     """
     N, device = args.num_envs, next(q_network.parameters()).device
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
-
-    def act(frame, start) -> Tensor:
-        return select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
-
-    act = CudaGraph(act) if device.type == "cuda" and args.cuda_graphs else act
+    choose = functools.partial(act, q_network, obs, epsilon=args.eval_epsilon)
+    choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), []
     running, length = np.zeros(N), np.zeros(N, int)
     q_network.eval()
@@ -553,7 +557,7 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for step in itertools.count(1):
-            envs.send(act(frame, start).cpu().numpy())
+            envs.send(choose(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
             start, running, length = terminated | truncated, running + reward, length + 1
             if (length == MAX_EPISODE_STEPS).any():
@@ -692,7 +696,7 @@ class Agent:
 
     def load(self, path: Path) -> dict:
         """Restore what `save` wrote; returns its progress."""
-        state, capturable = torch.load(path, "cpu", weights_only=True, mmap=True), self.optimizer.defaults["capturable"]
+        state, capturable = read_file(path), self.optimizer.defaults["capturable"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
@@ -704,14 +708,25 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are not bugs: one line on stderr, exit code 2."""
+    """Errors of these kinds, and memory that ran out, are not bugs: they leave one line on stderr and exit code 2."""
     try:
         yield
-    except kinds as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
+            "allocate memory|create a primitive", text
+        ):
+            text = f"out of memory. {text}"
+        elif not isinstance(error, kinds):
+            raise
+        elif type(error) is not ValueError:
+            text = f"{type(error).__name__}: {text}"
         with contextlib.suppress(OSError):  # nobody may read stderr any more
-            print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+
+
+TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
@@ -719,15 +734,14 @@ def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
     stop = threading.Event()
     for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has two of them
         number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
             old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
             stack.callback(signal.signal, number, old)
     return stop
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)`; the file gets its name when it is whole and on the disk: a failure leaves the old one."""
-    path.parent.mkdir(exist_ok=True)
+    """Call `write(file)`. The file gets its name when it is whole and on the disk, so a failure leaves the old one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -741,6 +755,18 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_file(path: Path) -> dict:
+    """What `torch.save` wrote; ValueError where a byte of it changed, which a mapped load alone does not notice."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged}")
+    return torch.load(path, "cpu", weights_only=True, mmap=True)
+
+
 def write_json(path: Path, content: dict) -> None:
     write_file(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
 
@@ -752,36 +778,24 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 def check_args(args: Args) -> None:
     """ValueError for arguments that cannot work or would silently do nothing; the rest is left to the libraries."""
-    sizes = "total_updates iteration_updates eval_steps num_envs num_experts expert_hidden_dim encoder_width batch_size"
-    for names, low, high in (
-        (f"{sizes} n_step target_network_frequency impala_filter", 1, 2**63 - 1),
-        ("max_shards", 1, 2**63 - 1),
-        ("seed checkpoint_every weights_every", 0, 2**63 - 1),
-        ("noop_max", 0, 1_000),
-        ("sticky_actions eval_epsilon gamma", 0, 1),
-        ("data_fraction", 1e-9, 1),
-        ("cql_alpha", 0, 1e30),
-        ("capacity_factor learning_rate adam_eps importance_weight load_weight", 1e-30, 1e30),
-        ("num_atoms", 2, 1_000),
-        ("v_max", -1e30, 1e30),
-        ("v_min", -1e30, args.v_max - max(1e-6 * abs(args.v_max), 1e-6)),
-    ):
-        for name in names.split():
-            if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
-    for names, works, needs in (
-        ("tokenization", args.layer not in ("dense", "gap"), "tokens, not --layer dense or gap"),
-        ("capacity_factor", args.layer not in ("dense", "gap", "tokenized"), "experts, as of --layer softmoe"),
-        ("normalize_router learned_phi expert_variant", args.layer == "softmoe", "--layer softmoe"),
-        ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
-        ("impala_filter", args.encoder == "impala", "--encoder impala"),
-        ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
-        ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
-        ("num_atoms v_min v_max double dueling", args.distributional, "--distributional"),
-    ):
-        for name in names.split():
-            if not works and getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+    sizes = (
+        "total_updates iteration_updates eval_steps num_envs encoder_width batch_size n_step target_network_frequency"
+    )
+    args.check_range(f"{sizes} max_shards impala_filter", 1, 2**63 - 1)
+    args.check_range("seed checkpoint_every weights_every", 0, 2**63 - 1)
+    args.check_range("noop_max", 0, 1_000)
+    args.check_range("sticky_actions eval_epsilon gamma", 0, 1)
+    args.check_range("data_fraction", 1e-9, 1)
+    args.check_range("cql_alpha", 0, 1e30)
+    args.check_range("learning_rate adam_eps", 1e-30, 1e30)
+    args.check_range("num_atoms", 2, 1_000)
+    args.check_range("v_max", -1e30, 1e30)
+    # Atoms lie at least 1,000 steps of float32 apart.
+    resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
+    args.check_range("v_min", -1e30, args.v_max - resolved)
+    args.check_effect("num_atoms v_min v_max double dueling", args.distributional, "--distributional")
+    args.check_effect("impala_filter", args.encoder == "impala", "--encoder impala")
+    args.check_layer()
 
 
 def run_path(args: Args) -> Path:
@@ -792,7 +806,7 @@ def run_path(args: Args) -> Path:
 
 
 def parse_args() -> Args:
-    """Command line to Args; with --resume, what is not given is as in the run to go on with."""
+    """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
@@ -806,11 +820,8 @@ MAY_CHANGE = (  # when a run goes on
 ).split()
 
 
-def open_run(args: Args) -> tuple[Path, dict, IO]:
-    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
-    run_dir, number = run_path(args), 2
-    while args.resume is None and (run_dir / "config.json").exists():  # never overwrite a run
-        run_dir, number = run_path(args).with_name(f"{run_path(args).name}-{number}"), number + 1
+def lock_run(run_dir: Path) -> IO | None:
+    """Make the directory; an open file keeps other processes out of it while it lives. None where one is in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
     try:
@@ -818,12 +829,25 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{run_dir} is in use by another process") from None
+        return None
     except (OSError, ImportError) as error:  # a file system without such locks; Windows
         print(f"warning: nothing keeps a second process from {run_dir}: {error}", file=sys.stderr)
+    return lock
+
+
+def open_run(args: Args) -> tuple[Path, dict, IO]:
+    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
+    path = run_dir = run_path(args)
+    for number in itertools.count(2):
+        lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
+        if args.resume is not None or lock and not has_run:
+            break
+        run_dir = path.with_name(f"{path.name}-{number}")  # never overwrite a run
+    if lock is None:
+        raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else config
+    saved = json.loads((run_dir / "config.json").read_text()) if has_run else config
     old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
@@ -832,12 +856,20 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     return run_dir, config | {"finished": saved["finished"]}, lock
 
 
-def open_csv(path: Path, header: str, column: int, step: int) -> tuple[IO[str], list[list[str]]]:
-    """A CSV file to append rows to, and its rows whose `column` is at most `step`; the others are cut off."""
+def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
+    """A CSV file to append rows to, and its rows whose `column` is at most `step`; later rows are cut off.
+
+    Warns where rows are missing of the `rows_then` that it had at that step.
+    """
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
     rows = [row for row in rows if int(row[column]) <= step]
-    write_file(path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header], *rows)))
+    if len(rows) < rows_then:
+        lost = f"{rows_then - len(rows)} of the {rows_then} rows up to step {step:,}"
+        print(f"warning: {path} has lost {lost}; it is whole from there on", file=sys.stderr)
+    write_file(
+        path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
+    )
     return open(path, "a", buffering=1), rows  # a row is in the file at once
 
 
@@ -849,11 +881,13 @@ def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[
 
 
 class RunLog:
-    """metrics.csv, TensorBoard and the progress bar; a resumed run forgets what it will make again."""
+    """metrics.csv, TensorBoard and the progress bar. A resumed run cuts off what it will make again."""
 
-    def __init__(self, run_dir: Path, args: Args, update: int):
+    def __init__(self, run_dir: Path, args: Args, progress: dict):
+        update, then = progress["update"], progress.get("iterations", 0)
         header = "iteration,updates,episodes,mean_return,td_loss,cql_loss,q_data,q_greedy,ups"
-        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, update)
+        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, update, then)
+        self.num_iterations = len(rows)
         self.evaluated, self.score = (int(rows[-1][1]), rows[-1][3]) if rows else (0, "-")
         self.tensorboard, self.path = SummaryWriter(str(run_dir), purge_step=update + 1), run_dir / "checkpoint.pt"
         self.iteration_updates, self.started = args.iteration_updates, (update, time.monotonic())
@@ -863,7 +897,7 @@ class RunLog:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, update)
 
-    def training(self, update: int, values: dict[str, float]) -> None:
+    def update(self, update: int, values: dict[str, float]) -> None:
         """A point of every curve, from the last update. FloatingPointError where its loss is not finite."""
         self.scalars(update, values | {"charts/ups": self.ups(update)})
         loss = values["losses/loss"]
@@ -873,11 +907,8 @@ class RunLog:
 
     def iteration(self, update: int, ups: float, values: dict[str, float], returns: list[float]) -> None:
         """The paper's score: mean raw return of the evaluation; the losses of the last update."""
-        number, self.evaluated, self.score = (
-            math.ceil(update / self.iteration_updates) - 1,
-            update,
-            f"{np.mean(returns):.4f}",
-        )
+        number, self.evaluated = math.ceil(update / self.iteration_updates) - 1, update
+        self.score, self.num_iterations = f"{np.mean(returns):.4f}", self.num_iterations + 1
         losses = ",".join(f"{values[f'losses/{name}']:.6g}" for name in ("td_loss", "cql_loss", "q_data", "q_greedy"))
         self.iterations.write(f"{number},{update},{len(returns)},{self.score},{losses},{ups:.1f}\n")
         self.scalars(update, {"charts/eval_return": np.mean(returns)})
@@ -896,12 +927,8 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
     """What runs, for the console."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
     data, threads = agent.data, f"CPU, {torch.get_num_threads()} threads"
-    components = [name for name in ("double", "dueling") if args.distributional and getattr(args, name)]
-    components = [
-        f"CQL+C51, {args.num_atoms} atoms" if args.distributional else "CQL",
-        f"{args.n_step}-step",
-        *components,
-    ]
+    components = [f"CQL+C51, {args.num_atoms} atoms" if args.distributional else "CQL", f"{args.n_step}-step"]
+    components += [name for name in ("double", "dueling") if args.distributional and getattr(args, name)]
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
   data         {int(data.weight.sum()):,} transitions of {args.dataset_dir}
                {data.frames.nbytes / 1e9:.2f} GB, {"on the GPU" if data.frames.is_cuda else "mapped from the disk"}
@@ -916,7 +943,35 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
 
 # ------------------------------------------------------------------------------------------------------- training
 LOG_EVERY = 250  # updates between TensorBoard points
-TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
+
+
+def due(every: int, update: int, args: Args) -> bool:
+    """Whether an update is a multiple of `every`, or the last one; never for 0."""
+    return every > 0 and update > 0 and (update % every == 0 or update == args.total_updates)
+
+
+def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool:
+    """Save; False, after a warning, where the disk does not take it."""
+    try:
+        agent.save(run_dir / "checkpoint.pt", progress | {"iterations": log.num_iterations})
+    except OSError as error:
+        tqdm.write(f"warning: the last good checkpoint stays, not one of {progress['update']}: {error}", sys.stderr)
+        return False
+    log.tensorboard.flush()
+    return True
+
+
+def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, update: int) -> None:
+    """Say how the run ended, on the console, in config.json and by the exit code."""
+    print(f"{update:,} updates done, in {run_dir}")
+    if not saved:
+        raise SystemExit(1)
+    if stop.is_set():
+        print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
+        raise SystemExit(TRY_AGAIN)
+    write_json(run_dir / "config.json", config | {"finished": update})
+    if not args.checkpoint_at_end:
+        (run_dir / "checkpoint.pt").unlink()
 
 
 def main(args: Args) -> None:
@@ -935,77 +990,62 @@ def main(args: Args) -> None:
             progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
-        update, values = progress["update"], progress["values"]
-        if update > args.total_updates:
-            raise ValueError(f"--total-updates {args.total_updates}: the run has done {update} already")
+        if progress["update"] > args.total_updates:
+            raise ValueError(f"--total-updates {args.total_updates}: the run has done {progress['update']} already")
         if transitions != progress["transitions"]:
             raise ValueError(f"--resume: {progress['transitions']:,} transitions were in the data, {transitions:,} are")
         write_json(run_dir / "config.json", config | {"finished": 0})
         print(describe(args, run_dir, envs, agent), flush=True)
-        log = RunLog(run_dir, args, update)
-    saved, saved_update = True, update
+        if args.weights_every:
+            (run_dir / "weights").mkdir(exist_ok=True)
+        log = RunLog(run_dir, args, progress)
 
-    def due(every: int) -> bool:
-        return every > 0 and update > 0 and (update % every == 0 or update == args.total_updates)
-
-    def checkpoint() -> bool:
-        """Save; False, after a warning, where that cannot be written."""
-        try:
-            agent.save(run_dir / "checkpoint.pt", {"update": update, "values": values, "transitions": transitions})
-        except OSError as error:
-            tqdm.write(f"warning: the last good checkpoint stays, not one of update {update}: {error}", sys.stderr)
-            return False
-        log.tensorboard.flush()
-        return True
-
+    saved, saved_update, update = True, progress["update"], progress["update"]
+    noted = LOG_EVERY, args.iteration_updates, args.checkpoint_every  # updates whose losses are kept
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
         stop = stop_on_signals(stack)
         try:
             while not stop.is_set():
-                if due(args.iteration_updates) and update > log.evaluated:
+                if due(args.iteration_updates, update, args) and update > log.evaluated:
                     ups, seed = log.ups(update), reset_seed(args.seed, update, evaluation=True)
                     returns = evaluate(agent.q_network, args, envs, seed, stop)
                     if stop.is_set():
                         break  # the resumed run repeats this evaluation
-                    log.iteration(update, ups, values, returns)
-                if due(args.checkpoint_every) and update > saved_update:
-                    saved, saved_update = checkpoint(), update
+                    log.iteration(update, ups, progress["values"], returns)
+                if due(args.checkpoint_every, update, args) and update > saved_update:
+                    saved, saved_update = checkpoint(agent, run_dir, log, progress), update
                 if update >= args.total_updates:
                     break
                 metrics, output = agent.learn()
                 update += 1
+                progress["update"] = update
                 if update % args.target_network_frequency == 0:
                     agent.update_target()
-                if due(LOG_EVERY) or due(args.iteration_updates) or due(args.checkpoint_every):
-                    values = to_floats(metrics, output)
-                if due(LOG_EVERY):
-                    log.training(update, values)
-                if due(args.weights_every):
+                if any(due(every, update, args) for every in noted):
+                    progress["values"] = to_floats(metrics, output)
+                if due(LOG_EVERY, update, args):
+                    log.update(update, progress["values"])
+                if due(args.weights_every, update, args):
                     write_weights(run_dir / "weights" / f"{update}.pt", agent.q_network)
                 log.bar.update()
-        except FloatingPointError:
-            raise
-        except Exception:  # whatever failed, the updates done so far are not lost
+        except OSError:  # a full disk or a closed pipe: the updates done so far are not lost
             if update > saved_update:
-                checkpoint()
+                checkpoint(agent, run_dir, log, progress)
             raise
-        saved = checkpoint() if update > saved_update else saved
+        if update > saved_update:
+            saved = checkpoint(agent, run_dir, log, progress)
         log.bar.close()
         if not stop.is_set():
             write_weights(run_dir / "weights.pt", agent.q_network)
-        print(f"{update:,} updates done, in {run_dir}")
-        if not saved:
-            raise SystemExit(1)
-        if stop.is_set():
-            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
-            raise SystemExit(TRY_AGAIN)
-        write_json(run_dir / "config.json", config | {"finished": update})
-        if not args.checkpoint_at_end:
-            (run_dir / "checkpoint.pt").unlink()
+        finish(args, run_dir, config, saved, stop, update)
 
 
 if __name__ == "__main__":
     with one_line_errors(Exception):
         args = parse_args()
-    main(args)
+    try:
+        main(args)
+    except Exception:  # a bug: its traceback, and an exit code that means nothing else (EX_SOFTWARE of sysexits.h)
+        traceback.print_exc()
+        raise SystemExit(70) from None

@@ -7,14 +7,18 @@ The penultimate layer of a Q-network becomes a mixture of experts over the token
     moe = SoftMoE(num_tokens=121, token_dim=32, num_experts=8)
     output = moe(tokens)                                           # output.tokens: (B, T, D)
 
+`LayerArgs` holds the flags that choose such a layer, and `build_layer` makes the tokenizer and the layer they describe.
+
 Shapes: B batch, T tokens, D token dim, E experts, S slots per expert, H expert hidden, C/h/w feature map.
 Initialisation and semantics are those of the authors' JAX code (google/dopamine, labs/moes/architectures), with which
 the layers agree to 1e-5. Shapes are static and nothing waits for the device, so every layer runs in a CUDA graph.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -502,3 +506,100 @@ def dormant_fraction(hidden: Tensor, tau: float = 0.0) -> Tensor:
     that it is dormant only when it is dead in each of them: `dormant_fraction(hidden.flatten(0, 2))`.
     """
     return dormant_neurons(hidden, tau).float().mean()
+
+
+# ------------------------------------------------------------------------------------------ from flags to a layer
+
+
+@dataclass
+class LayerArgs:
+    """Flags of the penultimate layer. The `Args` of a script inherit them."""
+
+    default_num_experts: ClassVar[int] = 8
+
+    layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
+    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
+    expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
+    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"] = "PerConv"  # fig. 3
+    capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
+    normalize_router: bool = False  # L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)
+    learned_phi: bool = True  # learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)
+    expert_variant: Literal["regular", "big"] = "regular"  # big: an encoder in each expert (softmoe; paper, figure 13)
+    load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"  # top1moe; paper, figure 9
+    importance_weight: float = 1.0  # weight of the importance loss (authors' code: 1)
+    load_weight: float = 1.0  # weight of the load loss (authors' code: 1)
+
+    def __post_init__(self):
+        if self.num_experts is None:
+            self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else self.default_num_experts
+
+    def check_range(self, names: str, low: float, high: float) -> None:
+        """ValueError for the first of the named flags whose value is not from `low` to `high`."""
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+
+    def check_effect(self, names: str, works: bool, needs: str) -> None:
+        """ValueError for the first of the named flags that was given although it does nothing, unless `works`."""
+        for name in names.split():
+            if not works and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+
+    def check_layer(self) -> None:
+        """ValueError for flags of the layer that cannot work, or that do nothing."""
+        self.check_range("num_experts expert_hidden_dim", 1, 2**63 - 1)
+        self.check_range("capacity_factor importance_weight load_weight", 1e-30, 1e30)
+        self.check_effect("tokenization", self.layer not in ("dense", "gap"), "tokens, not --layer dense or gap")
+        experts = self.layer not in ("dense", "gap", "tokenized")
+        self.check_effect("capacity_factor", experts, "experts, as of --layer softmoe")
+        self.check_effect("normalize_router learned_phi expert_variant", self.layer == "softmoe", "--layer softmoe")
+        self.check_effect("load_balancing", self.layer == "top1moe", "--layer top1moe")
+        self.check_effect("importance_weight", "importance" in self.load_balancing, "--load-balancing importance")
+        self.check_effect("load_weight", "load" in self.load_balancing, "--load-balancing load")
+
+
+def build_layer(
+    args: LayerArgs,
+    shape: tuple[int, int, int],
+    *,
+    noisy: bool = False,
+    patch_dim: int | None = None,
+    make_encoder: Callable[[int], nn.Module] | None = None,
+) -> tuple[Callable[[Tensor], Tensor], nn.Module, int]:
+    """Make the tokenizer and the layer that `args` describe, for feature maps of `shape` (C, h, w).
+
+    Returns both, and the number F of features that `flatten_output` makes of the layer's output: with them,
+    `flatten_output(layer(tokenizer(features)))` turns (B, C, h, w) into (B, F). `patch_dim` is the token dim of
+    "PerPatch" (default: C). `make_encoder(in_channels)` gives the encoder of each expert of the "big" variant.
+    Raises ValueError where the layer does not fit the feature map.
+    """
+    tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
+    if tokenization == "Shuffled":
+        tokenizer = ShuffledTokenizer(shape)
+    elif tokenization == "PerPatch":
+        tokenizer = PatchTokenizer(shape[0], patch_dim)
+    elif tokenization == "PerPatchAvg":
+        tokenizer = PatchTokenizer(shape[0], average=True)
+    else:
+        tokenizer = functools.partial(tokenize, tokenization=tokenization)
+    with torch.no_grad():
+        _, num_tokens, token_dim = tokenizer(torch.zeros(1, *shape)).shape
+    width = args.expert_hidden_dim * args.num_experts  # of the dense layers
+    if args.layer == "tokenized":
+        return tokenizer, TokenizedLayer(token_dim, width, noisy=noisy), width
+    if args.layer in ("dense", "gap"):
+        return tokenizer, DenseLayer(token_dim, width, noisy=noisy), width
+    sizes = num_tokens, token_dim, args.num_experts, args.expert_hidden_dim
+    options = {"capacity_factor": args.capacity_factor, "noisy": noisy}
+    if args.layer == "softmoe":
+        options |= {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
+        if args.expert_variant == "big":
+            options["make_encoder"] = functools.partial(make_encoder, token_dim)
+    layers = {"softmoe": SoftMoE, "top1moe": Top1MoE, "expert_choice": ExpertChoiceMoE}
+    return tokenizer, layers[args.layer](*sizes, **options), num_tokens * token_dim
+
+
+def flatten_output(output: Tensor | MoEOutput) -> tuple[Tensor, MoEOutput | None]:
+    """What the head reads, (B, F): the tokens of a mixture row-major, or a dense layer's output; and the MoEOutput."""
+    return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)

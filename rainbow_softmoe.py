@@ -34,7 +34,9 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ import moe_layers as moe
 
 
 @dataclass
-class Args:
+class Args(moe.LayerArgs):
     # Run
     env_id: str = "BreakoutNoFrameskip-v4"  # Atari id, or a Gymnasium id with single uint8 frames ("module:Game-v0")
     seed: int = 1  # seed of networks, exploration, replay draws and environments
@@ -80,17 +82,6 @@ class Args:
     terminal_on_life_loss: bool = False  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
-    layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
-    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
-    expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
-    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"] = "PerConv"  # fig. 3
-    capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
-    normalize_router: bool = False  # L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)
-    learned_phi: bool = True  # learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)
-    expert_variant: Literal["regular", "big"] = "regular"  # big: an encoder in each expert (softmoe; paper, figure 13)
-    load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"  # top1moe; paper, figure 9
-    importance_weight: float = 1.0  # weight of the importance loss (authors' code: 1)
-    load_weight: float = 1.0  # weight of the load loss (authors' code: 1)
     encoder: Literal["impala", "nature"] = "impala"  # convolutions (paper: Impala; DER and figure 7: Nature CNN)
     encoder_width: int = 1  # multiplies the encoder's channels
     impala_filter: int = 3  # kernel of Impala's convolutions (paper: 3; figure 18: 4, 6)
@@ -123,9 +114,7 @@ class Args:
     epsilon_decay_steps: int = 250_000  # agent steps of linear decay from 1 after learning starts (DER: 2,000)
     eval_epsilon: float = 0.001  # exploration in evaluation (paper: 0.001)
 
-    def __post_init__(self):
-        if self.num_experts is None:
-            self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else 4
+    default_num_experts = 4
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -188,34 +177,15 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        impala = functools.partial(impala_cnn, kernel=args.impala_filter)
-        encoder = impala if args.encoder == "impala" else nature_cnn
-        big = args.expert_variant == "big"
-        self.encoder = nn.Identity() if big else encoder(obs_shape[0], args.encoder_width)
+        encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
+        make_encoder = functools.partial(encoder, width=args.encoder_width)
+        big = args.expert_variant == "big"  # the encoders are in the experts
+        self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
-            features = self.encoder(torch.zeros(1, *obs_shape))  # (1, C, h, w)
-        tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
-        if tokenization.startswith("PerPatch"):
-            average = tokenization == "PerPatchAvg"  # else 64 channels, as the authors', for Impala's 32 too
-            self.tokenizer = moe.PatchTokenizer(features.shape[1], None if average else 64, average=average)
-        elif tokenization == "Shuffled":
-            self.tokenizer = moe.ShuffledTokenizer(features.shape[1:])
-        else:
-            self.tokenizer = functools.partial(moe.tokenize, tokenization=tokenization)
-        _, num_tokens, token_dim = self.tokenizer(features).shape
-        if args.layer in ("dense", "gap", "tokenized"):
-            layer = moe.TokenizedLayer if args.layer == "tokenized" else moe.DenseLayer
-            num_features = args.expert_hidden_dim * args.num_experts
-            self.moe = layer(token_dim, num_features, noisy=args.noisy)
-        else:
-            num_features = num_tokens * token_dim
-            options = {"capacity_factor": args.capacity_factor, "noisy": args.noisy}
-            if args.layer == "softmoe":
-                options |= {"normalize": args.normalize_router, "learned_phi": args.learned_phi}
-                options["make_encoder"] = functools.partial(encoder, token_dim, args.encoder_width) if big else None
-            layers = {"softmoe": moe.SoftMoE, "top1moe": moe.Top1MoE, "expert_choice": moe.ExpertChoiceMoE}
-            sizes = (num_tokens, token_dim, args.num_experts, args.expert_hidden_dim)
-            self.moe = layers[args.layer](*sizes, **options)
+            shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
+        self.tokenizer, self.moe, num_features = moe.build_layer(
+            args, shape, noisy=args.noisy, patch_dim=64, make_encoder=make_encoder
+        )
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms, noisy=args.noisy)
         self.value = moe.linear(num_features, num_atoms, noisy=args.noisy) if args.dueling else None
@@ -224,11 +194,9 @@ class QNetwork(nn.Module):
         self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
-        """What the head reads: (B, T * D), the tokens row-major; or the dense layer's (B, H)."""
+        """What the head reads, (B, F), and the MoEOutput; None for a dense layer."""
         x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
-        x = self.encoder(x)  # (B, C, h, w)
-        output = self.moe(self.tokenizer(x))
-        return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)
+        return moe.flatten_output(self.moe(self.tokenizer(self.encoder(x))))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
         features, output = self.features(obs)
@@ -256,7 +224,7 @@ class Batch(NamedTuple):
     discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
     next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
     index: Tensor  # (B,) int64: place in the replay
-    importance_weights: Tensor | float = 1.0  # (B,) float32, or one for all
+    importance_weights: Tensor  # (B,) float32: 1 where the draw is uniform
 
 
 def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tensor:
@@ -275,8 +243,7 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
     C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017, algorithm
     1). DQN: Huber loss to `reward + discount * Q_target(next_obs, a)`. Returns the loss (0-D), weighted by the
-    importance weights, metrics, and the online network's MoEOutput or None. The metrics are 0-D, but `losses` (B,) for
-    the priorities.
+    importance weights, 0-D metrics, the online network's MoEOutput or None, and the losses (B,) for the priorities.
     """
     support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
@@ -295,11 +262,11 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
         target = batch.reward + batch.discount * next_logits[:, 0]  # (B,)
         losses = F.smooth_l1_loss(q_taken, target, reduction="none")  # (B,)
     loss = (batch.importance_weights * losses).mean()
-    metrics = {"td_loss": loss.detach(), "q_values": q_taken.detach().mean(), "losses": losses.detach()}
+    metrics = {"td_loss": loss.detach(), "q_values": q_taken.detach().mean()}
     if args.load_balancing != "none":
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
         loss, metrics["load_balancing_loss"] = loss + balancing, balancing.detach()
-    return loss, metrics | {"loss": loss.detach()}, output and output.detach()
+    return loss, metrics | {"loss": loss.detach()}, output and output.detach(), losses.detach()
 
 
 # --------------------------------------------------------------------------------------------------------- replay
@@ -337,18 +304,18 @@ class ReplayBuffer(nn.Module):
         self.block_sums = nn.Buffer(self.weight.sum(dim=1), persistent=False)
         self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))
         self.cursor = nn.Buffer(torch.zeros(1, dtype=torch.int64))  # rows ever written
-        self.envs = nn.Buffer(torch.arange(num_envs), persistent=False)
-        self.stack = nn.Buffer(torch.arange(STACK_SIZE - 1, -1, -1), persistent=False)  # steps back, oldest first
-        self.steps = nn.Buffer(torch.arange(n_step), persistent=False)  # 0 .. n-1
+        self.env_offsets = nn.Buffer(torch.arange(num_envs), persistent=False)
+        self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1), persistent=False)  # -3 .. 0
+        self.window_offsets = nn.Buffer(torch.arange(n_step), persistent=False)  # 0 .. n-1
         self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]), persistent=False)  # (n+1,)
 
     def add(self, frame, action, reward, terminated, truncated) -> None:
         """Append a row: the frames (N, H, W) that were seen, the actions (N,) chosen there, and what came of them."""
-        place = self.cursor % self.rows * self.num_envs + self.envs  # (N,)
+        place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)
         for name, values in zip(self.FIELDS, (frame, action, reward, terminated, truncated), strict=True):
             buffer = self.get_buffer(name)
             buffer.index_copy_(0, place, torch.as_tensor(values, device=buffer.device).to(buffer.dtype))
-        complete = self.later(place, -len(self.steps))  # their windows end here
+        complete = self.later(place, -len(self.window_offsets))  # their windows end here
         expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks was here
         weight = ~self.truncated[complete] * self.new_weight
         self.set_weight(torch.cat([complete, expired]), torch.cat([weight, torch.zeros_like(weight)]))
@@ -356,13 +323,13 @@ class ReplayBuffer(nn.Module):
 
     def cut(self) -> None:
         """End the running episodes: what follows the newest row will not be in the ring."""
-        newest = (self.cursor - 1) % self.rows * self.num_envs + self.envs  # (N,)
+        newest = (self.cursor - 1) % self.rows * self.num_envs + self.env_offsets  # (N,)
         self.truncated.index_copy_(0, newest, ~self.terminated[newest])
 
     def newest(self, rows: int) -> dict[str, np.ndarray]:
         """Copies of the last rows, (N, rows, ...): an environment's frames side by side compress best."""
         row = (self.cursor - rows + torch.arange(rows, device=self.cursor.device)) % self.rows
-        place = row * self.num_envs + self.envs[:, None]  # (N, rows)
+        place = row * self.num_envs + self.env_offsets[:, None]  # (N, rows)
         return {name: self.get_buffer(name)[place].cpu().numpy() for name in self.FIELDS}
 
     def set_weight(self, place: Tensor, weight: Tensor) -> None:
@@ -386,7 +353,7 @@ class ReplayBuffer(nn.Module):
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that start at places (B,)."""
-        window = self.later(index[:, None], self.steps)  # (B, n)
+        window = self.later(index[:, None], self.window_offsets)  # (B, n)
         terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
         ended = (terminated | truncated).long()
         taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
@@ -394,11 +361,11 @@ class ReplayBuffer(nn.Module):
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
         obs, next_obs = self.observation(torch.stack([index, self.later(index, num_steps)]))
-        return Batch(obs, self.action[index], reward, discount, next_obs, index)
+        return Batch(obs, self.action[index], reward, discount, next_obs, index, torch.ones_like(reward))
 
     def observation(self, index: Tensor) -> Tensor:
         """Stacked frames (..., stack, H, W) that end at places (...)."""
-        stack = self.later(index[..., None], -self.stack)  # (..., stack)
+        stack = self.later(index[..., None], self.stack_offsets)  # (..., stack)
         ended = (self.terminated[stack] | self.truncated[stack]).long()
         forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # an end lies in between
         stack = torch.where(forgotten, self.size, stack)  # the black frame
@@ -437,7 +404,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
         index = self.find((draw * (total / batch_size)).minimum(total * (1 - 2**-52)))  # rounding may reach the end
         weight = self.weight.view(-1)[index]
-        return Batch(*self.gather(index)[:-1], importance_weights=(weight.min() / weight).sqrt().float())
+        return Batch(*self.gather(index)[:-1], (weight.min() / weight).sqrt().float())
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
         """Set weights from losses (B,), before importance weights, of the batch with `index` (B,).
@@ -486,8 +453,9 @@ MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado 
 class Environments:
     """N games side by side; the step that ends one returns the first frame of the next (Gymnasium's SAME_STEP).
 
-    Atari runs in ale-py's C++ threads at the paper's settings: `send`, do other work, `recv`. Any other Gymnasium id is
-    made as it is. ValueError where its observations are not single uint8 frames or its actions not Discrete.
+    Atari runs in ale-py's C++ threads at the paper's settings: call `send`, do other work, call `recv`. Any other
+    Gymnasium id is made as it is. Raises ValueError where observations are not single uint8 frames or actions are not
+    Discrete.
     """
 
     def __init__(self, args: Args, num_envs: int):
@@ -500,7 +468,7 @@ class Environments:
         self.game = spec.kwargs["game"] if atari else None
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, min(num_envs, cores - 1))  # they spin: leave the learner a core
+            threads = max(1, min(num_envs, cores - 1))  # ale-py's threads spin, so one core is left for the learner
             game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
             # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
             game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
@@ -524,19 +492,20 @@ class Environments:
         return obs.reshape(-1, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
-        """Start a step with actions (N,), all in range: an out-of-range one would hang ale-py."""
+        """Start a step with actions (N,). They must be in range, because ale-py hangs on one that is not."""
         self.action = action
         if self.game:
             self.envs.send(action)
 
     def recv(self) -> tuple[np.ndarray, ...]:
-        """What came of it, all (N, ...): next frame, raw reward, terminated, truncated, whether the game is over.
+        """Wait for the step: next frame, raw reward, terminated, truncated, whether the game is over; all (N, ...).
 
-        `terminated` and `truncated`, never both, are the learner's: a lost life may terminate, while the game goes on.
+        `terminated` and `truncated` are the learner's and never both set. A lost life may set `terminated` while the
+        game goes on.
         """
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
-        if self.life_loss:  # after a game over these are the next game's lives
+        if self.life_loss:  # after a game over `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
@@ -548,7 +517,7 @@ def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, forgetting the past where an episode starts (N,)."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place; `start` (N,) clears the stack before an episode."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -561,10 +530,15 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
     return torch.where(explore, random, q_values.argmax(dim=1))
 
 
+@torch.no_grad()
+def act(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
+    """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
+    return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
+
+
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a file a line every 30 s
 
 
-@torch.no_grad()
 def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) -> list[float]:
     """Raw returns of `eval_episodes` whole games side by side, at `eval_epsilon`, noise off.
 
@@ -572,18 +546,15 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
     """
     N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
-
-    def act(frame, start) -> Tensor:
-        return select_actions(q_network.q_values(push(obs, frame, start)), args.eval_epsilon)
-
-    act = CudaGraph(act) if device.type == "cuda" and args.cuda_graphs else act
+    choose = functools.partial(act, q_network, obs, epsilon=args.eval_epsilon)
+    choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), np.zeros(N)
     q_network.eval()
     bar = tqdm(total=N, desc="evaluating", unit="episode", **BAR)
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(MAX_EPISODE_STEPS):
-            envs.send(act(frame, start).cpu().numpy())
+            envs.send(choose(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
             start, returns = terminated | truncated, returns + reward * playing
             bar.update(int((playing & over).sum()))
@@ -667,7 +638,7 @@ class Agent:
     def __init__(self, args: Args, envs: Environments):
         device = open_device(args)
         graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
-        self.args, self.device = args, device
+        self.args, self.device, self.outcome = args, device, None
         self.obs = torch.zeros(args.num_envs, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
         self.action = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
         networks = (QNetwork(args, self.obs.shape[1:], envs.num_actions).to(device) for _ in range(2))
@@ -680,7 +651,7 @@ class Agent:
         buffer = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
         self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
-        self.loss, self.policy = compile(td_loss), compile(self.policy)
+        self.loss, self.policy = compile(td_loss), compile(act)
         if place == device:
             # Draws in float64, as eager ones are; and no copies of the ring to the host for tuning how to write to it.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}
@@ -690,29 +661,44 @@ class Agent:
                 self.replay.update_priorities = compile(self.replay.update_priorities)
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
-            if place == device:
-                self.step, self.learn = CudaGraph(self.step), CudaGraph(self.learn)
-            else:  # batches come from the host
-                self.act, self.update = CudaGraph(self.act), CudaGraph(self.update)
+            names = ("store_and_choose", "learn") if place == device else ("choose", "update")  # else the host draws
+            for name in names:
+                setattr(self, name, CudaGraph(getattr(self, name)))
 
-    def act(self, *inputs) -> Tensor:
-        """Actions (N,) for the newest frames (N, H, W), `start` (N,) where they begin an episode, and epsilon."""
-        return self.policy(*(torch.as_tensor(x, device=self.device) for x in inputs))
+    def act(self, frame: np.ndarray, epsilon: float) -> np.ndarray:
+        """Actions (N,) for the newest frames (N, H, W). First stores what `observe` was told of the last actions."""
+        if self.outcome is None:  # games start
+            action = self.choose(frame, np.ones(len(frame), bool), epsilon)
+        else:
+            action = self.store_and_choose(frame, *self.outcome, epsilon)
+        self.outcome = None
+        return action.cpu().numpy()
 
-    @torch.no_grad()
-    def policy(self, frame: Tensor, start: Tensor, epsilon: Tensor) -> Tensor:
-        """`act` on the device."""
-        return self.action.copy_(select_actions(self.q_network.q_values(push(self.obs, frame, start)), epsilon))
+    def observe(self, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:
+        """Keep what came of the last actions, all (N,), until the next call of `act` or `end_episodes`."""
+        self.outcome = reward, terminated, truncated
+
+    def end_episodes(self) -> None:
+        """Store what `observe` was told, and cut the running episodes in the replay: new games start after this."""
+        if self.outcome is not None:
+            self.store(*self.outcome)
+            self.outcome = None
+        self.replay.cut()
+
+    def choose(self, frame, start, epsilon) -> Tensor:
+        """Actions (N,) on the device; `start` (N,) says where a frame begins an episode."""
+        frame, start, epsilon = (torch.as_tensor(x, device=self.device) for x in (frame, start, epsilon))
+        return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))
 
     def store(self, reward, terminated, truncated) -> None:
-        """Put into the replay what came of the last actions, all (N,)."""
+        """Add a row to the replay: the newest frames, the last actions, and what came of them (N,)."""
         outcome = (torch.as_tensor(x, device=self.replay.cursor.device) for x in (reward, terminated, truncated))
         self.replay.add(self.obs[:, -1], self.action, *outcome)
 
-    def step(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
-        """`store`, then `act`; in one CUDA graph, to which the frames travel once."""
+    def store_and_choose(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
+        """`store`, then `choose`, in one CUDA graph: the frames travel to the device once."""
         self.store(reward, terminated, truncated)
-        return self.act(frame, terminated | truncated, epsilon)
+        return self.choose(frame, terminated | truncated, epsilon)
 
     def learn(self) -> tuple:
         """Draw a batch and update; returns the loss's metrics and MoEOutput."""
@@ -724,12 +710,11 @@ class Agent:
 
     def update(self, *batch: Tensor) -> tuple:
         """One step of gradient descent on a `Batch`."""
-        batch = Batch(*(x.to(self.device) if isinstance(x, Tensor) else x for x in batch))
+        batch = Batch(*(x.to(self.device) for x in batch))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics, output = self.loss(self.q_network, self.target_network, batch, self.args)
+        loss, metrics, output, losses = self.loss(self.q_network, self.target_network, batch, self.args)
         loss.backward()
         self.optimizer.step()
-        losses = metrics.pop("losses")
         return metrics, output, losses
 
     @torch.no_grad()
@@ -747,7 +732,7 @@ class Agent:
 
     def load(self, path: Path) -> dict:
         """Restore what `save` wrote; returns its progress."""
-        state, capturable = torch.load(path, "cpu", weights_only=True, mmap=True), self.optimizer.defaults["capturable"]
+        state, capturable = read_file(path), self.optimizer.defaults["capturable"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
@@ -759,14 +744,25 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are not bugs: one line on stderr, exit code 2."""
+    """Errors of these kinds, and memory that ran out, are not bugs: they leave one line on stderr and exit code 2."""
     try:
         yield
-    except kinds as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
+            "allocate memory|create a primitive", text
+        ):
+            text = f"out of memory. {text}"
+        elif not isinstance(error, kinds):
+            raise
+        elif type(error) is not ValueError:
+            text = f"{type(error).__name__}: {text}"
         with contextlib.suppress(OSError):  # nobody may read stderr any more
-            print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+
+
+TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
@@ -774,15 +770,14 @@ def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
     stop = threading.Event()
     for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has two of them
         number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
             old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
             stack.callback(signal.signal, number, old)
     return stop
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)`; the file gets its name when it is whole and on the disk: a failure leaves the old one."""
-    path.parent.mkdir(exist_ok=True)
+    """Call `write(file)`. The file gets its name when it is whole and on the disk, so a failure leaves the old one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -796,6 +791,18 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_file(path: Path) -> dict:
+    """What `torch.save` wrote; ValueError where a byte of it changed, which a mapped load alone does not notice."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged}")
+    return torch.load(path, "cpu", weights_only=True, mmap=True)
+
+
 def write_json(path: Path, content: dict) -> None:
     write_file(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
 
@@ -807,37 +814,25 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 def check_args(args: Args) -> None:
     """ValueError for arguments that cannot work or would silently do nothing; the rest is left to the libraries."""
-    sizes = "total_timesteps iteration_steps num_envs num_experts expert_hidden_dim encoder_width batch_size n_step"
-    for names, low, high in (
-        (f"{sizes} target_network_frequency impala_filter", 1, 2**63 - 1),
-        ("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1),
-        ("checkpoint_every", 2 * args.num_envs if args.checkpoint_every else 0, 2**63 - 1),  # some step is not cut
-        ("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1),  # a transition can be drawn
-        ("noop_max", 0, 1_000),
-        ("sticky_actions end_epsilon eval_epsilon gamma", 0, 1),
-        ("capacity_factor learning_rate adam_eps importance_weight load_weight", 1e-30, 1e30),
-        ("replay_ratio", 1e-6, 100),
-        ("num_atoms", 2, 1_000),
-        ("v_max", -1e30, 1e30),
-        ("v_min", -1e30, args.v_max - max(1e-6 * abs(args.v_max), 1e-6)),
-    ):
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
-    for names, works, needs in (
-        ("tokenization", args.layer not in ("dense", "gap"), "tokens, not --layer dense or gap"),
-        ("capacity_factor", args.layer not in ("dense", "gap", "tokenized"), "experts, as of --layer softmoe"),
-        ("normalize_router learned_phi expert_variant", args.layer == "softmoe", "--layer softmoe"),
-        ("load_balancing", args.layer == "top1moe", "--layer top1moe"),
-        ("impala_filter", args.encoder == "impala", "--encoder impala"),
-        ("importance_weight", "importance" in args.load_balancing, "--load-balancing importance"),
-        ("load_weight", "load" in args.load_balancing, "--load-balancing load"),
-        ("num_atoms v_min v_max", args.distributional, "--distributional"),
-        ("end_epsilon epsilon_decay_steps", not args.noisy, "--no-noisy"),
-    ):
-        for name in names.split():
-            if not works and getattr(args, name) != getattr(Args, name):
-                raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
+    sizes = "total_timesteps iteration_steps num_envs encoder_width batch_size n_step target_network_frequency"
+    args.check_range(f"{sizes} impala_filter", 1, 2**63 - 1)
+    args.check_range("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1)
+    some = 2 * args.num_envs if args.checkpoint_every else 0  # some step is not cut
+    args.check_range("checkpoint_every", some, 2**63 - 1)
+    args.check_range("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1)  # a transition can be drawn
+    args.check_range("noop_max", 0, 1_000)
+    args.check_range("sticky_actions end_epsilon eval_epsilon gamma", 0, 1)
+    args.check_range("learning_rate adam_eps", 1e-30, 1e30)
+    args.check_range("replay_ratio", 1e-6, 100)
+    args.check_range("num_atoms", 2, 1_000)
+    args.check_range("v_max", -1e30, 1e30)
+    # Atoms lie at least 1,000 steps of float32 apart.
+    resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
+    args.check_range("v_min", -1e30, args.v_max - resolved)
+    args.check_effect("num_atoms v_min v_max", args.distributional, "--distributional")
+    args.check_effect("end_epsilon epsilon_decay_steps", not args.noisy, "--no-noisy")
+    args.check_effect("impala_filter", args.encoder == "impala", "--encoder impala")
+    args.check_layer()
     if args.total_timesteps <= args.learning_starts:
         print("warning: nothing will be learned, --total-timesteps is not above --learning-starts", file=sys.stderr)
 
@@ -850,7 +845,7 @@ def run_path(args: Args) -> Path:
 
 
 def parse_args() -> Args:
-    """Command line to Args; with --resume, what is not given is as in the run to go on with."""
+    """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
@@ -864,11 +859,8 @@ MAY_CHANGE = (  # when a run goes on
 ).split()
 
 
-def open_run(args: Args) -> tuple[Path, dict, IO]:
-    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
-    run_dir, number = run_path(args), 2
-    while args.resume is None and (run_dir / "config.json").exists():  # never overwrite a run
-        run_dir, number = run_path(args).with_name(f"{run_path(args).name}-{number}"), number + 1
+def lock_run(run_dir: Path) -> IO | None:
+    """Make the directory; an open file keeps other processes out of it while it lives. None where one is in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
     try:
@@ -876,12 +868,25 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{run_dir} is in use by another process") from None
+        return None
     except (OSError, ImportError) as error:  # a file system without such locks; Windows
         print(f"warning: nothing keeps a second process from {run_dir}: {error}", file=sys.stderr)
+    return lock
+
+
+def open_run(args: Args) -> tuple[Path, dict, IO]:
+    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
+    path = run_dir = run_path(args)
+    for number in itertools.count(2):
+        lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
+        if args.resume is not None or lock and not has_run:
+            break
+        run_dir = path.with_name(f"{path.name}-{number}")  # never overwrite a run
+    if lock is None:
+        raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else config
+    saved = json.loads((run_dir / "config.json").read_text()) if has_run else config
     old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
@@ -896,13 +901,13 @@ SEGMENT_STEPS = 50_000  # agent steps of a segment: 350 MB before it is compress
 class ReplayLog:
     """`replay/` of a run: what went through the ring, in segments that a thread compresses, and metadata.json.
 
-    `<first agent step>.npz` holds the ring's arrays, (N, rows, ...). Segments follow each other without a gap; a
-    resumed run makes those after its checkpoint again.
+    `<first agent step>.npz` holds the ring's arrays, (N, rows, ...). Segments follow each other without a gap. A
+    resumed run deletes those that begin at or after its checkpoint and makes them again.
     """
 
     def __init__(self, folder: Path, args: Args, envs: Environments, global_step: int):
-        self.folder, self.written, self.thread = folder, global_step, ThreadPoolExecutor(max_workers=1)
-        self.pending = self.thread.submit(int)  # nothing, so that there is always one to wait for
+        folder.mkdir(exist_ok=True)
+        self.folder, self.written, self.thread, self.pending = folder, global_step, ThreadPoolExecutor(1), None
         self.every = min(SEGMENT_STEPS, args.buffer_size) // args.num_envs * args.num_envs
         for path in folder.glob("[0-9]" * 12 + ".npz"):
             if int(path.stem) >= global_step:
@@ -913,21 +918,34 @@ class ReplayLog:
         write_json(folder / "metadata.json", metadata)
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Hand over what is new; raises what went wrong with the segment before."""
-        self.pending.result()
+        """Hand over the steps before `global_step` that are new; raises what went wrong with the segment before."""
+        self.wait()
         if global_step > self.written:
             arrays = replay.newest((global_step - self.written) // replay.num_envs)
             path, self.written = self.folder / f"{self.written:012d}.npz", global_step
             save = functools.partial(np.savez_compressed, **arrays)
             self.pending = self.thread.submit(write_file, path, save)
 
+    def wait(self) -> None:
+        """Return when the last segment is on the disk; raises what went wrong with it."""
+        if self.pending:
+            self.pending.result()
 
-def open_csv(path: Path, header: str, column: int, step: int) -> tuple[IO[str], list[list[str]]]:
-    """A CSV file to append rows to, and its rows whose `column` is at most `step`; the others are cut off."""
+
+def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
+    """A CSV file to append rows to, and its rows whose `column` is at most `step`; later rows are cut off.
+
+    Warns where rows are missing of the `rows_then` that it had at that step.
+    """
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
     rows = [row for row in rows if int(row[column]) <= step]
-    write_file(path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header], *rows)))
+    if len(rows) < rows_then:
+        lost = f"{rows_then - len(rows)} of the {rows_then} rows up to step {step:,}"
+        print(f"warning: {path} has lost {lost}; it is whole from there on", file=sys.stderr)
+    write_file(
+        path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
+    )
     return open(path, "a", buffering=1), rows  # a row is in the file at once
 
 
@@ -939,30 +957,47 @@ def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[
 
 
 class RunLog:
-    """episodes.csv, metrics.csv, TensorBoard and the progress bar; a resumed run forgets what it will make again."""
+    """episodes.csv, metrics.csv, TensorBoard and the progress bar. A resumed run cuts off what it will make again."""
 
-    def __init__(self, run_dir: Path, args: Args, global_step: int):
-        self.path = run_dir / "checkpoint.pt"
-        header = "global_step,episode_return,episode_length"
-        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, 0, global_step)
+    def __init__(self, run_dir: Path, args: Args, progress: dict):
+        self.args, self.path, global_step = args, run_dir / "checkpoint.pt", progress["global_step"]
+        header, then = "global_step,episode_return,episode_length", progress.get("episodes", 0)
+        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, 0, global_step, then)
         self.returns = [float(row[1]) for row in rows]
-        header = "iteration,global_step,episodes,mean_return,sps"
-        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, global_step)
-        self.counted = sum(int(row[2]) for row in rows)  # episodes of past iterations
+        last = global_step // args.iteration_steps * args.iteration_steps
+        self.counted = sum(int(row[0]) - args.num_envs < last for row in rows)  # episodes of past iterations
+        header, then = "iteration,global_step,episodes,mean_return,sps", progress.get("iterations", 0)
+        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, global_step, then)
+        self.num_iterations = len(rows)
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
-        self.iteration_steps, self.started = args.iteration_steps, (global_step, time.monotonic())
+        self.started = global_step, time.monotonic()
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **BAR)
+
+    def progress(self, global_step: int) -> dict:
+        """What a checkpoint keeps of the run: the step, and how many rows the files have."""
+        return {"global_step": global_step, "episodes": len(self.returns), "iterations": self.num_iterations}
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, global_step)
 
-    def episode(self, global_step: int, episode_return: float, length: int) -> None:
-        self.returns.append(episode_return)
-        self.episodes.write(f"{global_step},{episode_return:.10g},{length}\n")
-        self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+    def new_games(self) -> None:
+        """The games start anew: the returns of those that were running do not count."""
+        self.running_return, self.running_length = np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, int)
 
-    def training(self, global_step: int, epsilon: float, values: dict[str, float]) -> None:
+    def round(self, global_step: int, reward: np.ndarray, over: np.ndarray) -> None:
+        """Add up raw rewards (N,), and write a row for each game that is over (N,)."""
+        self.running_return += reward
+        self.running_length += 1
+        for i in np.flatnonzero(over):
+            episode_return, length = self.running_return[i], self.running_length[i]
+            self.returns.append(episode_return)
+            self.episodes.write(f"{global_step},{episode_return:.10g},{length}\n")
+            self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
+        self.running_return[over], self.running_length[over] = 0, 0
+        self.bar.update(len(over))
+
+    def update(self, global_step: int, epsilon: float, values: dict[str, float]) -> None:
         """A point of every curve, from the last update. FloatingPointError where its loss is not finite."""
         self.scalars(global_step, values | {"charts/epsilon": epsilon, "charts/sps": self.sps(global_step)})
         loss, recent = values.get("losses/loss", 0.0), self.returns[-100:]
@@ -974,8 +1009,9 @@ class RunLog:
     def iteration(self, global_step: int) -> None:
         """The paper's score: mean raw return of the training episodes that ended in the last `iteration_steps`."""
         returns, self.counted = self.returns[self.counted :], len(self.returns)
-        number, mean = global_step // self.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
+        number, mean = global_step // self.args.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
         self.iterations.write(f"{number},{global_step},{len(returns)},{mean},{self.sps(global_step):.1f}\n")
+        self.num_iterations += 1
         self.scalars(global_step, {"charts/iteration_return": np.mean(returns)} if returns else {})
         self.started = global_step, time.monotonic()
 
@@ -1007,10 +1043,34 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
 
 # ------------------------------------------------------------------------------------------------------- training
 LOG_EVERY = 1_000  # agent steps between TensorBoard points
-TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
-def finish(args: Args, agent: Agent, log: RunLog, run_dir: Path, global_step: int, stop: threading.Event) -> None:
+def due(every: int, step: int, round_steps: int) -> bool:
+    """Whether a multiple of `every` lies among the last `round_steps` steps; never for 0."""
+    return every > 0 and step // every > (step - round_steps) // every
+
+
+def updates_until(step: int, args: Args) -> int:
+    """Updates that are due in the first `step` agent steps."""
+    return int(max(step - args.learning_starts, 0) * args.replay_ratio)
+
+
+def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog | None, global_step: int) -> bool:
+    """Cut the running episodes and save; False, after a warning, where the disk does not take it."""
+    agent.end_episodes()
+    try:
+        if replay_log:
+            replay_log.write(agent.replay, global_step)
+            replay_log.wait()
+        agent.save(run_dir / "checkpoint.pt", log.progress(global_step))
+    except OSError as error:
+        tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
+        return False
+    log.tensorboard.flush()
+    return True
+
+
+def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: threading.Event, global_step: int) -> None:
     """After the last step: weights.pt, evaluation, eval.json."""
     write_weights(run_dir / "weights.pt", agent.q_network)
     seed = reset_seed(args.seed, global_step, evaluation=True)
@@ -1020,8 +1080,21 @@ def finish(args: Args, agent: Agent, log: RunLog, run_dir: Path, global_step: in
         result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
         result |= {"global_step": global_step, "returns": returns}
         write_json(run_dir / "eval.json", result)
-        log.scalars(global_step, {"charts/eval_return": mean})
+        log.scalars(global_step + 1, {"charts/eval_return": mean})  # a resumed run purges what is after its checkpoint
         print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
+
+
+def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, global_step: int) -> None:
+    """Say how the run ended, on the console, in config.json and by the exit code."""
+    print(f"{global_step:,} agent steps done, in {run_dir}")
+    if not saved:
+        raise SystemExit(1)
+    if stop.is_set():
+        print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
+        raise SystemExit(TRY_AGAIN)
+    write_json(run_dir / "config.json", config | {"finished": global_step})
+    if not args.checkpoint_at_end:
+        (run_dir / "checkpoint.pt").unlink()
 
 
 def main(args: Args) -> None:
@@ -1033,101 +1106,73 @@ def main(args: Args) -> None:
         if args.resume == "auto" and config["finished"] >= args.total_timesteps:
             print(f"{run_dir} is finished")
             return
-        agent, global_step = Agent(args, envs), 0
+        agent, progress = Agent(args, envs), {"global_step": 0}
         if (run_dir / "checkpoint.pt").exists():
-            global_step = agent.load(run_dir / "checkpoint.pt")["global_step"]
+            progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
+        global_step = new_games_step = progress["global_step"]
         if global_step - args.total_timesteps >= args.num_envs:
             raise ValueError(f"--total-timesteps {args.total_timesteps}: the run has done {global_step} already")
         write_json(run_dir / "config.json", config | {"finished": 0})
         print(describe(args, run_dir, envs, agent), flush=True)
         replay_log = ReplayLog(run_dir / "replay", args, envs, global_step) if args.save_replay else None
-        log = RunLog(run_dir, args, global_step)
-    saved, cut_step, outcome, metrics, output = True, global_step, (), {}, None
+        if args.weights_every:
+            (run_dir / "weights").mkdir(exist_ok=True)
+        log = RunLog(run_dir, args, progress)
 
-    def due(every: int) -> bool:
-        return every > 0 and global_step // every > (global_step - args.num_envs) // every
-
-    def updates(step: int) -> int:  # that are due after so many agent steps
-        return int(max(step - args.learning_starts, 0) * args.replay_ratio)
-
-    def checkpoint() -> bool:
-        """Cut the running episodes and save; False, after a warning, where that cannot be written."""
-        if agent.replay.cursor * args.num_envs < global_step:  # the last row is not there yet
-            agent.store(*outcome)
-        agent.replay.cut()
-        try:
-            if replay_log:
-                replay_log.write(agent.replay, global_step)
-                replay_log.pending.result()
-            agent.save(run_dir / "checkpoint.pt", {"global_step": global_step})
-        except OSError as error:
-            tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
-            return False
-        log.tensorboard.flush()
-        return True
-
+    saved, metrics, output, N = True, {}, None, args.num_envs
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
         stop = stop_on_signals(stack)
-        try:
-            while global_step < args.total_timesteps and not stop.is_set():
-                decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
-                epsilon = 0.0 if args.noisy else np.interp(global_step - args.learning_starts, *decay)
-                if global_step == cut_step:  # the seed follows from the step: a resumed run equals an unbroken one
-                    frame = envs.reset(reset_seed(args.seed, global_step))
-                    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-                    action = agent.act(frame, np.ones(args.num_envs, bool), epsilon)
-                else:
-                    action = agent.step(frame, *outcome, epsilon)
-                envs.send(action.cpu().numpy())  # emulation goes on while the learner works
-                for _ in range(updates(global_step + args.num_envs) - updates(global_step)):
+        # A round acts, learns while the games emulate, and receives what came of the actions. The agent stores that
+        # when it acts next, because one CUDA graph does both. A checkpoint ends the running games: the next round
+        # starts new ones, with a seed that follows from the step, so that a resumed run equals an unbroken one.
+        while global_step < args.total_timesteps and not stop.is_set():
+            if global_step == new_games_step:
+                frame = envs.reset(reset_seed(args.seed, global_step))
+                log.new_games()
+            decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
+            epsilon = 0.0 if args.noisy else np.interp(global_step - args.learning_starts, *decay)
+            envs.send(agent.act(frame, epsilon))
+            if metrics or agent.replay.block_sums.any():  # there is something to draw
+                for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
                     metrics, output = agent.learn()
-                frame, reward, terminated, truncated, over = envs.recv()
-                if replay_log and due(replay_log.every):  # not the newest row, which may be cut yet
-                    replay_log.write(agent.replay, global_step)
-                outcome = reward.clip(-1, 1), terminated, truncated
-                global_step += args.num_envs
-                if due(args.target_network_frequency):
-                    agent.update_target()
+            frame, reward, terminated, truncated, over = envs.recv()
+            agent.observe(reward.clip(-1, 1), terminated, truncated)
+            global_step += N
+            if due(args.target_network_frequency, global_step, N):
+                agent.update_target()
 
-                episode_return += reward
-                episode_length += 1
-                for i in np.flatnonzero(over):
-                    log.episode(global_step, episode_return[i], episode_length[i])
-                episode_return[over], episode_length[over] = 0, 0
-                if due(LOG_EVERY):
-                    log.training(global_step, epsilon, to_floats(metrics, output))
-                if due(args.iteration_steps):
+            try:
+                log.round(global_step, reward, over)
+                if due(LOG_EVERY, global_step, N):
+                    log.update(global_step, epsilon, to_floats(metrics, output))
+                if due(args.iteration_steps, global_step, N):
                     log.iteration(global_step)
-                if due(args.weights_every):
+                if due(args.weights_every, global_step, N):
                     write_weights(run_dir / "weights" / f"{global_step}.pt", agent.q_network)
-                if due(args.checkpoint_every):
-                    saved, cut_step = checkpoint(), global_step
-                log.bar.update(args.num_envs)
-        except FloatingPointError:
-            raise
-        except Exception:  # whatever failed, the rounds done so far are not lost
-            if global_step > cut_step:
-                checkpoint()
-            raise
-        saved = checkpoint() if global_step > cut_step else saved
+                if replay_log and due(replay_log.every, global_step - N, N):  # the newest row is not in the replay yet
+                    replay_log.write(agent.replay, global_step - N)
+            except OSError:  # a full disk or a closed pipe: the steps done so far are not lost
+                checkpoint(agent, run_dir, log, replay_log, global_step)
+                raise
+            if due(args.checkpoint_every, global_step, N):
+                saved = checkpoint(agent, run_dir, log, replay_log, global_step)
+                new_games_step = global_step
+        if global_step > new_games_step:
+            saved = checkpoint(agent, run_dir, log, replay_log, global_step)
         log.bar.close()
         if not stop.is_set():
-            finish(args, agent, log, run_dir, global_step, stop)
-        print(f"{global_step:,} agent steps done, in {run_dir}")
-        if not saved:
-            raise SystemExit(1)
-        if stop.is_set():
-            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
-            raise SystemExit(TRY_AGAIN)
-        write_json(run_dir / "config.json", config | {"finished": global_step})
-        if not args.checkpoint_at_end:
-            (run_dir / "checkpoint.pt").unlink()
+            evaluate_run(args, agent, log, run_dir, stop, global_step)
+        finish(args, run_dir, config, saved, stop, global_step)
 
 
 if __name__ == "__main__":
     with one_line_errors(Exception):
         args = parse_args()
-    main(args)
+    try:
+        main(args)
+    except Exception:  # a bug: its traceback, and an exit code that means nothing else (EX_SOFTWARE of sysexits.h)
+        traceback.print_exc()
+        raise SystemExit(70) from None
