@@ -415,6 +415,8 @@ def load_segment(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Arrays of a segment. ValueError for any damage: the archive's checksums are at the end of each array."""
     arrays = {}
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")  # a pipe would be waited for
         with zipfile.ZipFile(path) as archive:
             for name in names:
                 with archive.open(f"{name}.npy") as file:

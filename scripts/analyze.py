@@ -160,7 +160,7 @@ def points(run: Path, options: Options) -> list[Point]:
     flags |= {name: str(value) for name, value in vars(args).items() if name not in collect.NO_SETTING}
     batch, found = play(script, args, q_network, options), []
     for path in tqdm(saved, desc=run.name, unit="point", dynamic_ncols=True):
-        q_network.load_state_dict(torch.load(path, weights_only=True))
+        q_network.load_state_dict(dqn_softmoe.read_file(path))
         measures = measure(script, q_network, args, batch, options.tau)
         found.append(Point(agent, collect.game_of(args.env_id), args.seed, int(path.stem), flags, measures))
     return found

@@ -23,6 +23,7 @@ both, and where `episode_end` is 1, so readers of the six files never cross epis
 
 import contextlib
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -31,16 +32,21 @@ import re
 import shutil
 import signal
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import ale_py
+import gymnasium as gym
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+cql_softmoe = importlib.import_module("cql_softmoe")
+
+MOST_ACTIONS = 2**31  # where their number is not known
 COLUMNS = {"action": "int32", "reward": "float32", "terminal": "uint8", "episode_end": "uint8"}
 PUBLISHED = {"observation": "uint8"} | COLUMNS
 SEGMENT = {"frames": "uint8", "action": "int64", "reward": "float32", "terminated": "bool", "truncated": "bool"}
@@ -86,7 +92,18 @@ def find_log(source: Path) -> tuple[Path, bool]:
 def read_metadata(path: Path) -> dict:
     with reading(path):
         metadata = json.loads(path.read_text())
-        return metadata | {"env_id": str(metadata["env_id"]), "num_actions": int(metadata["num_actions"])}
+        num_actions = metadata["num_actions"]
+        return metadata | {"env_id": str(metadata["env_id"]), "num_actions": num_actions and int(num_actions)}
+
+
+def count_actions(env_id: str) -> int | None:
+    """Actions of an Atari game, from its ROM; None where there is no such game."""
+    gym.register_envs(ale_py)
+    if env_id not in gym.registry:
+        return None
+    ale = ale_py.ALEInterface()
+    ale.loadROM(ale_py.roms.get_rom_path(gym.spec(env_id).kwargs["game"]))
+    return len(ale.getMinimalActionSet())
 
 
 def check_rows(action: np.ndarray, reward: np.ndarray, num_actions: int) -> None:
@@ -107,9 +124,12 @@ class Shard(NamedTuple):
 def find_shards(folder: Path) -> list[Shard]:
     """The suffixes that have all six files; any may be missing between them."""
     suffixes, shards = {}, []
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         if match := re.fullmatch(r"(?:\$store\$_)?(\w+)_ckpt\.(\d+)\.gz", path.name):
-            suffixes.setdefault(int(match[2]), {})[match[1]] = path
+            files = suffixes.setdefault(int(match[2]), {})
+            if match[1] in files or not path.is_file():  # a pipe would be waited for
+                raise ValueError(f"{path} is no file, or suffix {int(match[2])} has it twice")
+            files[match[1]] = path
     for suffix, files in sorted(suffixes.items()):
         if missing := {*PUBLISHED, "add_count"} - {*files, "episode_end"}:
             print(f"warning: suffix {suffix} lacks {', '.join(sorted(missing))}: it is left out", file=sys.stderr)
@@ -188,21 +208,23 @@ def read_steps(shard: Shard, num_actions: int) -> tuple[np.ndarray, np.ndarray, 
 def to_segments(folder: Path, target: Path, bar: tqdm) -> dict:
     """Write the segments; returns their metadata."""
     shards, path = find_shards(folder), folder.parent / "metadata.json"
-    metadata = {"env_id": f"{folder.parent.parent.name}NoFrameskip-v4", "num_actions": None}
+    env_id = f"{folder.parent.parent.name}NoFrameskip-v4"
+    metadata = {"env_id": env_id, "num_actions": count_actions(env_id)}
     if path.exists():
         metadata = read_metadata(path)
     else:
         print(f"warning: no {path}: taken for {metadata['env_id']}, of unknown ROM and version", file=sys.stderr)
-    highest, first, next_suffix = -1, 0, 0
+    first, next_suffix = 0, 0
     bar.reset(total=sum(shard.rows * math.prod(shard.shape[1:]) for shard in shards))
     for shard in shards:
-        steps, missing, rows = read_steps(shard, metadata["num_actions"] or 2**31)
-        highest = max(highest, int(rows["action"][steps].max(initial=-1)))
+        steps, missing, rows = read_steps(shard, metadata["num_actions"] or MOST_ACTIONS)
         cuts = sorted({*range(SEGMENT_ROWS, len(steps), SEGMENT_ROWS), *np.flatnonzero(missing[steps])} - {0})
         parts = [part for part in np.split(steps, cuts) if len(part)]
         counts = np.diff([0, *(part[-1] + 1 for part in parts)])
         first += (shard.suffix - next_suffix) * shard.shape[0]
         next_suffix = shard.suffix + 1
+        if first + len(steps) >= 10**12:
+            raise ValueError(f"suffix {shard.suffix} is too large: agent steps have twelve digits")
         # The frames are unpacked a second time: which rows are steps was not known before the last one.
         for part, frames in zip(parts, read_rows(shard, "observation", counts), strict=True):
             arrays = {"frames": frames[None, part - part[-1] - 1]} | {name: rows[name][None, part] for name in rows}
@@ -211,43 +233,23 @@ def to_segments(folder: Path, target: Path, bar: tqdm) -> dict:
             first += len(part)
             bar.update(frames.nbytes)
             del frames, arrays  # 350 MB each, before the next ones are read
-    if highest < 0:
+    if not any(target.iterdir()):
         raise ValueError(f"{folder} has no step")
-    kept = {"env_id": None, "num_actions": highest + 1, "num_envs": 1, "ale_py": None, "rom_md5": None, "args": {}}
+    kept = {"env_id": None, "num_actions": None, "num_envs": 1, "ale_py": None, "rom_md5": None, "args": {}}
     return kept | {name: metadata[name] for name in kept if metadata.get(name) is not None}
 
 
 # ------------------------------------------------------------------------------------------- segments -> published
-def read_segment(path: Path, num_actions: int) -> dict[str, np.ndarray]:
-    """The arrays of a segment, (N, rows, ...)."""
-    arrays = {}
-    with reading(path), zipfile.ZipFile(path) as archive:
-        for name in SEGMENT:
-            with archive.open(f"{name}.npy") as file:
-                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                if file.read(1):  # and the checksum is at the end
-                    raise ValueError(f"{name} has more rows than its header says")
-        found = {name: (array.dtype.name, array.shape[:2]) for name, array in arrays.items()}
-        if found != {name: (dtype, arrays["frames"].shape[:2]) for name, dtype in SEGMENT.items()}:
-            raise ValueError(f"not the arrays of a segment: {found}")
-        if (arrays["terminated"] & arrays["truncated"]).any():
-            raise ValueError("a row is terminated and truncated")
-        check_rows(arrays["action"], arrays["reward"], num_actions)
-    return arrays
-
-
-def read_episodes(paths: list[Path], num_actions: int, shape: tuple, bar: tqdm) -> Iterator[tuple]:
+def read_episodes(paths: list[Path], num_envs: int, frame_shape: tuple, num_actions: int, bar: tqdm) -> Iterator[tuple]:
     """Every environment's episodes, whole, in the order in which they end; if they terminated, if they begin in a hole.
 
     They are lists of parts: frames, actions, rewards. Frames are gzipped: episodes under way must take little memory.
     """
     bar.reset(total=sum(path.stat().st_size for path in paths))
-    running, headless, next_first = [[] for _ in range(shape[0])], [False] * shape[0], 0
+    running, headless, next_first = [[] for _ in range(num_envs)], [False] * num_envs, 0
     for path in paths:
-        first, segment = int(path.stem), read_segment(path, num_actions)
-        num_envs, rows, *frame_shape = segment["frames"].shape
-        if first < next_first or (num_envs, *frame_shape) != shape:
-            raise ValueError(f"{path} begins before {next_first}, or is not of {shape[0]} environments of {shape[1:]}")
+        first, segment = int(path.stem), cql_softmoe.read_segment(path, num_envs, frame_shape, num_actions, next_first)
+        rows = segment["action"].shape[1]
         if first > next_first:  # the rest of the episodes under way is missing
             yield from zip(running, [False] * num_envs, headless, strict=True)
             running, headless = [[] for _ in range(num_envs)], [True] * num_envs
@@ -262,7 +264,7 @@ def read_episodes(paths: list[Path], num_actions: int, shape: tuple, bar: tqdm) 
                     running[env], headless[env] = [], False
         next_first = first + num_envs * rows
         bar.update(path.stat().st_size)
-    yield from zip(running, [False] * shape[0], headless, strict=True)
+    yield from zip(running, [False] * num_envs, headless, strict=True)
 
 
 class ShardWriter:
@@ -318,9 +320,10 @@ class ShardWriter:
 def to_published(folder: Path, target: Path, bar: tqdm) -> dict:
     """Write the shards; returns their metadata."""
     metadata, paths = read_metadata(folder / "metadata.json"), sorted(folder.glob("*.npz"))
-    num_envs, _, *frame_shape = read_segment(paths[0], metadata["num_actions"])["frames"].shape
+    num_envs, _, *frame_shape = cql_softmoe.load_segment(paths[0], ["frames"])["frames"].shape
     writer = ShardWriter(target / "replay_logs", frame_shape)
-    for episode in read_episodes(paths, metadata["num_actions"], (num_envs, *frame_shape), bar):
+    num_actions = metadata["num_actions"] or MOST_ACTIONS
+    for episode in read_episodes(paths, num_envs, tuple(frame_shape), num_actions, bar):
         writer.add(*episode)
     if not (writer.rows or writer.suffix):
         raise ValueError(f"{folder} has no transition")

@@ -48,7 +48,7 @@ def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.M
     args.cuda = cuda and torch.cuda.is_available()
     envs = dqn_softmoe.Environments(args, 1)
     q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
-    q_network.load_state_dict(torch.load(weights, "cpu", weights_only=True))
+    q_network.load_state_dict(dqn_softmoe.read_file(weights))
     return script, args, q_network.to("cuda" if args.cuda else "cpu").eval(), weights
 
 
@@ -63,6 +63,7 @@ def main(options: Options) -> None:
     if options.output:
         result = {"weights": str(weights), "episodes": len(returns), "mean_return": mean, "std_return": std}
         result |= {"epsilon": options.epsilon, "seed": options.seed, "returns": returns}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         dqn_softmoe.write_json(options.output, result)
 
 

@@ -11,13 +11,13 @@ from runs import ROOT
 
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
-    "moe_layers.py": 480,
-    "dqn_softmoe.py": 980,
-    "rainbow_softmoe.py": 1_060,
-    "der_softmoe.py": 1_075,
-    "cql_softmoe.py": 960,
+    "moe_layers.py": 580,
+    "dqn_softmoe.py": 1_030,
+    "rainbow_softmoe.py": 1_130,
+    "der_softmoe.py": 1_140,
+    "cql_softmoe.py": 1_005,
     "longest function": 40,
-    "main": 97,
+    "main": 75,
     "dqn_softmoe.py -> rainbow_softmoe.py": 200,
     "rainbow_softmoe.py -> der_softmoe.py": 60,
 }
@@ -28,16 +28,16 @@ ITS_OWN = [
     (
         "rainbow_softmoe.py",
         ["dqn_softmoe.py"],
-        "Args Args.__post_init__ QNetwork QNetwork.__init__ QNetwork.forward QNetwork.q_values Batch td_loss "
+        "Args QNetwork QNetwork.__init__ QNetwork.forward QNetwork.q_values Batch td_loss ReplayBuffer.gather "
         "Agent.__init__ Agent.learn Agent.update check_args describe main",
     ),
     ("der_softmoe.py", ["rainbow_softmoe.py"], "Args td_loss"),
     (
         "cql_softmoe.py",
         ["dqn_softmoe.py", "rainbow_softmoe.py"],
-        "Args Args.__post_init__ QNetwork QNetwork.__init__ QNetwork.q_values Batch td_loss ReplayBuffer "
-        "ReplayBuffer.__init__ evaluate Agent Agent.__init__ Agent.learn check_args run_path MAY_CHANGE RunLog "
-        "RunLog.__init__ RunLog.scalars RunLog.training RunLog.iteration RunLog.close describe LOG_EVERY main",
+        "Args QNetwork QNetwork.__init__ Batch td_loss ReplayBuffer ReplayBuffer.__init__ evaluate Agent "
+        "Agent.__init__ Agent.learn check_args run_path MAY_CHANGE RunLog RunLog.__init__ RunLog.scalars RunLog.update "
+        "RunLog.iteration RunLog.close describe LOG_EVERY due checkpoint finish main",
     ),
 ]
 # Flags of `cql_softmoe.py` whose help must differ: they count updates, or depend on the loss.
@@ -143,7 +143,7 @@ def flags(script):
 
 def test_a_flag_has_the_same_help_in_every_script():
     dqn, rainbow, der, cql = map(flags, SCRIPTS)
-    assert len(dqn) > 40 and dqn.items() <= rainbow.items() <= der.items()
+    assert len(dqn) > 30 and dqn.items() <= rainbow.items() <= der.items()
     assert [name for name in cql if name in der and cql[name] != der[name]] == HELP_OF_ITS_OWN
 
 
