@@ -32,7 +32,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -411,7 +411,7 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     np.save(folder / "drawable.npy", drawable & ~truncated)
 
 
-def load_segment(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+def load_segment(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Arrays of a segment. ValueError for any damage: the archive's checksums are at the end of each array."""
     arrays = {}
     try:
@@ -433,7 +433,7 @@ def read_segment(path: Path, num_envs: int, frame_shape: tuple, num_actions: int
 
     ValueError, with the file and the array, for what `ReplayLog` does not write.
     """
-    arrays = load_segment(path, Dataset.FIELDS)
+    arrays = load_segment(path, [*Dataset.FIELDS])
     if int(path.stem) < end or int(path.stem) % num_envs:
         raise ValueError(f"{path} must begin at a multiple of {num_envs} from {end} on")
     bounds = {"action": (0, num_actions - 1), "reward": (-1, 1), "terminated": (0, 1), "truncated": (0, 1)}

@@ -43,7 +43,7 @@ ITS_OWN = [
 # Flags of `cql_softmoe.py` whose help must differ: they count updates, or depend on the loss.
 HELP_OF_ITS_OWN = """
 checkpoint_every weights_every compile cuda_graphs num_envs terminal_on_life_loss n_step replay_device learning_rate
-adam_eps target_network_frequency double dueling
+adam_eps target_network_frequency distributional double dueling
 """.split()
 
 
