@@ -421,7 +421,7 @@ CHANGES = {
     # Replay
     "buffer_size": Change(200, lambda run: run.replay.rows, 100, 50),
     "batch_size": Change(8, lambda run: run.batch_sizes, {16}, {8}),
-    "n_step": Change(3, lambda run: len(run.replay.steps), 1, 3),
+    "n_step": Change(3, lambda run: len(run.replay.window_offsets), 1, 3),
     "replay_ratio": Change(0.5, lambda run: run.updates, 10, 20),
     "save_replay": Change(True, lambda run: "replay" in run.files, False, True),
     # Optimisation

@@ -207,7 +207,7 @@ def full_tensorboard(name: str, calls):
 
 
 RECORDS = {  # what fails -> the step that the run goes on from
-    "a row": (lambda: fails(dqn_softmoe.RunLog, "episode", [2], FULL), 80),
+    "a row": (lambda: fails(dqn_softmoe.RunLog, "round", [20], FULL), 80),
     "curves": (full_tensorboard("write", range(20, 10**6)), None),
     "curves, as a checkpoint is written": (full_tensorboard("flush", range(2, 10**6)), 400),
 }
@@ -240,11 +240,12 @@ BUGS = [("Environments", "recv", 90), ("Agent", "act", 90), ("Agent", "update", 
 
 
 @pytest.mark.parametrize("owner, name, call", BUGS)
-def test_a_bug_in_mid_run_has_a_traceback_and_loses_no_round(args, child, owner, name, call):
+def test_a_bug_in_mid_run_has_a_traceback_and_leaves_the_last_checkpoint(args, child, owner, name, call):
+    """Steps after it may have been stored or learned from by half."""
     bug = RuntimeError("CUDA error: an illegal memory access")
-    code, _, err = child(lambda: fails(getattr(dqn_softmoe, owner), name, [call], bug))
+    code, _, err = child(lambda: fails(getattr(dqn_softmoe, owner), name, [call], bug), checkpoint_every=200)
     assert code == 1 and "Traceback" in err and str(bug) in err and "warning" not in err
-    resumes(args, 356)
+    resumes(replace(args, checkpoint_every=200), 200)
 
 
 def test_a_bug_while_saving_is_no_full_disk(args, child):

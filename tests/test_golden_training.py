@@ -67,12 +67,12 @@ def train(name, dtype, updates):
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps)
     losses, per_sample, n_step = [], [], 1 if script is dqn_softmoe else 3
     for update, batch in zip(range(updates), batches(script, n_step, dtype), strict=False):
-        loss, metrics, _ = script.td_loss(q_network, target_network, batch, args)
+        loss, _, _, *each = script.td_loss(q_network, target_network, batch, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        per_sample.append(metrics.get("losses", torch.zeros(8)).numpy())
+        per_sample.append(each[0].numpy() if each else np.zeros(8))
         if update == 14:
             target_network.load_state_dict(q_network.state_dict())
     norms.append([parameters[key].norm().item() for key in golden["names"]])

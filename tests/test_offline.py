@@ -245,8 +245,8 @@ WRONG = {
     "environments": ({"action": np.zeros((3, 20), np.int64)}, ["(3, 20)"]),
     "dimensions": ({"action": np.zeros(20, np.int64)}, []),
     "no rows": ({"action": np.zeros((2, 0), np.int64)}, []),
-    "action": ({"action": np.full((2, 20), 3)}, ["actions", "3"]),
-    "negative action": ({"action": np.full((2, 20), -1)}, ["actions"]),
+    "action": ({"action": np.full((2, 20), 3)}, ["action has", "0 to 2"]),
+    "negative action": ({"action": np.full((2, 20), -1)}, ["action has"]),
     "pickles": ({"terminated": np.array([[Exploit()] * 20] * 2, object)}, ["damaged", "allow_pickle=False"]),
     "a pickled action": ({"action": np.array([[Exploit()] * 20] * 2, object)}, ["allow_pickle=False"]),
     "missing": ({"reward": None}, ["damaged", "reward"]),
@@ -372,7 +372,7 @@ def test_distributional_loss_is_rainbow_s_plus_cql(tmp_path, double):
     (q_network, target_network), batch = networks(args), random_batch()
     loss, metrics, _ = td_loss(q_network, target_network, batch, args)
     rainbow = rainbow_softmoe.Args(double=double, noisy=False)
-    expected, *_ = rainbow_softmoe.td_loss(q_network, target_network, rainbow_softmoe.Batch(*batch), rainbow)
+    expected, *_ = rainbow_softmoe.td_loss(q_network, target_network, rainbow_softmoe.Batch(*batch, torch.ones_like(batch.reward)), rainbow)
     q = (q_network(batch.obs)[0].softmax(dim=2) * torch.linspace(-10, 10, 51)).sum(dim=2)
     cql = (q.logsumexp(dim=1) - q.gather(1, batch.action[:, None])[:, 0]).mean()
     torch.testing.assert_close(metrics["td_loss"], expected.detach())
@@ -462,12 +462,12 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how
     unbroken, broken = (small(tmp_path, **settings, runs_dir=str(tmp_path / name)) for name in "ab")
     main(unbroken)
 
-    def broken_training(log, update, values, training=cql_softmoe.RunLog.training):
+    def broken_log(log, update, values, original=cql_softmoe.RunLog.update):
         if update == 30 and how == "killed":
             raise Killed
         if update == 20 and how == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
-        training(log, update, values)
+        original(log, update, values)
 
     def interrupted(*args, play=evaluate):
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -476,7 +476,7 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how
     with monkeypatch.context() as patch, pytest.raises(Killed if how == "killed" else SystemExit) as stop:
         if how == "in evaluation":
             patch.setattr(cql_softmoe, "evaluate", interrupted)
-        patch.setattr(cql_softmoe.RunLog, "training", broken_training)
+        patch.setattr(cql_softmoe.RunLog, "update", broken_log)
         main(broken)
     run_dir = only_run(tmp_path / "b")
     assert how == "killed" or stop.value.code == 75

@@ -160,25 +160,25 @@ def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path
 
 def test_a_round_that_fails_after_a_segment_leaves_no_splice(tmp_path, monkeypatch):
     """The newest row is cut by the checkpoint that the failure makes, so no segment may have it already."""
-    rounds, recv = [], dqn_softmoe.Environments.recv
+    rounds, original = [], dqn_softmoe.RunLog.round
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 100)
 
-    def fails_once(self):
+    def fails_once(*arguments):
         rounds.append(1)
         if len(rounds) == 51:  # with 4 environments the first round after step 200
-            raise RuntimeError("emulator")
-        return recv(self)
+            raise OSError("full")
+        original(*arguments)
 
-    monkeypatch.setattr(dqn_softmoe.Environments, "recv", fails_once)
+    monkeypatch.setattr(dqn_softmoe.RunLog, "round", fails_once)
     args = dqn_softmoe.Args(**settings(tmp_path, num_envs=4))
-    with pytest.raises(RuntimeError, match="emulator"):
+    with pytest.raises(SystemExit, match="2"):
         dqn_softmoe.main(args)
     gc.collect()  # the lock, which the traceback holds
     run = only_run(tmp_path)
     args.resume = str(run)
     dqn_softmoe.main(args)
     steps = read(run / "replay")
-    assert (steps["terminated"] | steps["truncated"])[:, 200 // 4 - 1].all()
+    assert (steps["terminated"] | steps["truncated"])[:, 204 // 4 - 1].all()
 
 
 def full(file: io.IOBase, **_):

@@ -165,7 +165,7 @@ def test_a_killed_run_of_atari_equals_an_unbroken_one(tmp_path):
         signal_at(der_softmoe, rounds)
         der_softmoe.main(replace(args, run_name=name, resume="auto"))
 
-    der_softmoe.MAX_EPISODE_STEPS = 200
+    der_softmoe.MAX_EPISODE_STEPS = 150
     try:
         codes = [Child(tmp_path, run, "killed", rounds).wait()[0] for rounds in (400, 300, 0)]
         assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]

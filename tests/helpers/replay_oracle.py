@@ -109,7 +109,7 @@ def check_batch(batch, oracle: Oracle, at: dict[int, tuple[int, int]]):
 
 def both(replay: ReplayBuffer, rows) -> Oracle:
     """An oracle that has seen the same rows as the ring."""
-    oracle = Oracle(replay.num_envs, len(replay.steps))
+    oracle = Oracle(replay.num_envs, len(replay.window_offsets))
     for row in rows:
         replay.add(*row)
         oracle.add(row)
