@@ -178,7 +178,8 @@ class QNetwork(nn.Module):
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
             shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
-        self.tokenizer, self.moe, num_features = moe.build_layer(args, shape, make_encoder=make_encoder)
+        layer = moe.build_layer(args, shape, make_encoder=make_encoder)
+        self.tokenizer, self.moe, num_features = layer  # `moe` is any penultimate layer: published weights name it so
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms)
         self.value = moe.linear(num_features, num_atoms) if args.distributional and args.dueling else None
@@ -535,7 +536,7 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def act(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
+def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
     """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
 
@@ -550,7 +551,7 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     """
     N, device = args.num_envs, next(q_network.parameters()).device
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
-    choose = functools.partial(act, q_network, obs, epsilon=args.eval_epsilon)
+    choose = functools.partial(policy, q_network, obs, epsilon=args.eval_epsilon)
     choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), []
     running, length = np.zeros(N), np.zeros(N, int)

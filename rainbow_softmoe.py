@@ -183,9 +183,8 @@ class QNetwork(nn.Module):
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
             shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
-        self.tokenizer, self.moe, num_features = moe.build_layer(
-            args, shape, noisy=args.noisy, patch_dim=64, make_encoder=make_encoder
-        )
+        layer = moe.build_layer(args, shape, noisy=args.noisy, patch_dim=64, make_encoder=make_encoder)
+        self.tokenizer, self.moe, num_features = layer  # `moe` is any penultimate layer: published weights name it so
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms, noisy=args.noisy)
         self.value = moe.linear(num_features, num_atoms, noisy=args.noisy) if args.dueling else None
@@ -531,7 +530,7 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
 
 
 @torch.no_grad()
-def act(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
+def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
     """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
 
@@ -546,7 +545,7 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
     """
     N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
-    choose = functools.partial(act, q_network, obs, epsilon=args.eval_epsilon)
+    choose = functools.partial(policy, q_network, obs, epsilon=args.eval_epsilon)
     choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), np.zeros(N)
     q_network.eval()
@@ -651,7 +650,7 @@ class Agent:
         buffer = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
         self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
-        self.loss, self.policy = compile(td_loss), compile(act)
+        self.loss, self.policy = compile(td_loss), compile(policy)
         if place == device:
             # Draws in float64, as eager ones are; and no copies of the ring to the host for tuning how to write to it.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}

@@ -138,7 +138,7 @@ def parts_of(script, agent, envs) -> tuple[dict, dict]:
     N = args.num_envs
     frame, action = np.zeros((N, *envs.frame_shape), np.uint8), np.zeros(N, np.int64)
     number, flag = np.zeros(N), np.zeros(N, bool)
-    policy, add = graph(agent.act), graph(replay.add)
+    policy, add = graph(agent.choose), graph(replay.add)
 
     def emulate():
         envs.send(action)

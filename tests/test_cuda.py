@@ -77,7 +77,7 @@ def test_nothing_in_learn_act_and_store_waits_for_the_device(script):
     try:
         for _ in range(3):
             agent.learn()
-            agent.step(frame, zeros, flags, flags, zeros[0])
+            agent.store_and_choose(frame, zeros, flags, flags, zeros[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -88,11 +88,11 @@ def test_acting_and_storing_in_one_graph_is_eager_acting_and_storing(script):
     for cuda_graphs in (False, True):
         agent, rng = learner(script, cuda_graphs), np.random.default_rng(0)
         torch.manual_seed(1)
-        agent.act(rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), np.ones(4, bool), 1.0)
+        agent.act(rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), np.float64(1))
         for step in range(60):
             frame, flags = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((2, 4)) < 0.1
-            outcome = rng.standard_normal(4), flags[0], flags[1] & ~flags[0]
-            actions.append(agent.step(frame, *outcome, np.float64(1 - step / 60)).cpu())
+            agent.observe(rng.standard_normal(4), flags[0], flags[1] & ~flags[0])
+            actions.append(torch.from_numpy(agent.act(frame, np.float64(1 - step / 60))))
         actions += [agent.obs, *agent.replay.state_dict().values()]
     for eager, graphed in zip(actions[: len(actions) // 2], actions[len(actions) // 2 :], strict=True):
         assert torch.equal(eager, graphed)

@@ -94,13 +94,13 @@ def test_graphed_runs_equal_eager_ones(script, settings, graphed_as_eager):
 HOST = {"replay_device": "cpu", "replay_ratio": 0.5}
 FAULTS = {
     "epsilon is a number of Python's": (
-        "return self.act(frame, terminated | truncated, epsilon)",
+        "return self.choose(frame, terminated | truncated, epsilon)",
         "self.calls = getattr(self, 'calls', 0) + 1\n"
-        "        return self.act(frame, terminated | truncated, 1 / self.calls)",
+        "        return self.choose(frame, terminated | truncated, 1 / self.calls)",
     ),
     "epsilon waits for the device": (
-        "return self.act(frame, terminated | truncated, epsilon)",
-        "return self.act(frame, terminated | truncated, float(epsilon))",
+        "return self.choose(frame, terminated | truncated, epsilon)",
+        "return self.choose(frame, terminated | truncated, float(epsilon))",
     ),
     "the target network gets new memory": (
         "torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])",
@@ -111,8 +111,8 @@ FAULTS = {
     "the default stream": ("        torch.cuda.set_stream(torch.cuda.Stream())", "        pass"),
     "Adam is not capturable": ('"capturable": graphs}', '"capturable": False}'),
     "the replay's cursor is a number of Python's": (
-        "place = self.cursor % self.rows * self.num_envs + self.envs  # (N,)",
-        "self.row = getattr(self, 'row', -1) + 1\n        place = self.row % self.rows * self.num_envs + self.envs",
+        "place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)",
+        "self.row = getattr(self, 'row', -1) + 1\n        place = self.row % self.rows * self.num_envs + self.env_offsets",
     ),
     "the update waits for the device": ("loss.backward()", "loss.backward(); loss.item()"),
     "the stack gets new memory": (
@@ -202,8 +202,8 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, data, mo
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(12 * online):
             agent.store(flag.float(), flag, flag.clone())
-            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
-            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.5)
+            agent.choose(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
+            agent.choose(agent.obs[:, 0].numpy(), flag.numpy(), 0.5)
             agent.store(flag.float().numpy(), flag.numpy(), flag.clone().numpy())  # as before a checkpoint
         for _ in range(2):
             agent.learn()

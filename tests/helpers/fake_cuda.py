@@ -126,7 +126,7 @@ def measure(script, settings: dict) -> dict:
         calls = {"learn": agent.learn}
         if online:
             agent.obs, agent.action = agent.obs.to("cuda"), agent.action.to("cuda")
-            calls["act"] = lambda: agent.act(agent.obs[:, 0], flag, number[0])
+            calls["act"] = lambda: agent.choose(agent.obs[:, 0], flag, number[0])
             calls["store"] = lambda: agent.store(number, flag, flag)
         for name, call in calls.items():
             watch.launched, watch.passed = 0, []
