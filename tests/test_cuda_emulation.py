@@ -112,7 +112,8 @@ FAULTS = {
     "Adam is not capturable": ('"capturable": graphs}', '"capturable": False}'),
     "the replay's cursor is a number of Python's": (
         "place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)",
-        "self.row = getattr(self, 'row', -1) + 1\n        place = self.row % self.rows * self.num_envs + self.env_offsets",
+        "self.row = getattr(self, 'row', -1) + 1\n"
+        "        place = self.row % self.rows * self.num_envs + self.env_offsets",
     ),
     "the update waits for the device": ("loss.backward()", "loss.backward(); loss.item()"),
     "the stack gets new memory": (
