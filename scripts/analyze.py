@@ -175,25 +175,24 @@ def picture(agent: str, those: list[Point], methods: list[tuple], options: Optio
                 values[point.game, name, method][point.step].append(point.found[name])
     games = sorted({game for game, *_ in values})
     names = [name for name in options.measures if any(name == key[1] for key in values)]
-    look, frames = plot.looks([*{*methods}]), 1 if agent.startswith("CQL") else 4
+    look, steps = plot.looks([*{*methods}]), plot.unit_of_steps(agent)
     size = {"figsize": (1.9 * len(names), 1.5 * len(games) + 0.3), "sharex": True, "squeeze": False}
     (figure, grid), rows = plot.plt.subplots(len(games), len(names), **size), []
     for (game, name), axes in zip(itertools.product(games, names), grid.flat, strict=True):
         for method in sorted({*methods}, key=plot.order):
             seeds = [np.array(x) for x in values[game, name, method].values()]
-            x = frames * np.array([*values[game, name, method]])
-            bounds = [plot.bounds(x[plot.draws([len(x)], options)].mean(axis=1)) for x in seeds]
             if seeds:
+                bounds = [plot.bounds(x[plot.draws([x], options)].mean(axis=1)) for x in seeds]
+                x = (4 if steps == "frames" else 1) * np.array([*values[game, name, method]])
                 line = x, [x.mean() for x in seeds], *zip(*bounds, strict=True)
                 plot.draw_bands(axes, {method: line}, look)
-                given = {"game": game, "measure": name} | dict(method)
-                keys = "updates" if frames == 1 else "frames", "mean", "low", "high"
-                rows += [given | dict(zip(keys, numbers, strict=True)) for numbers in zip(*line, strict=True)]
+                found = plot.table(method, (steps, "mean", "low", "high"), *line)
+                rows += [{"game": game, "measure": name} | row for row in found]
         axes.set_ylabel(AXES.get(name, name))
         axes.set_title(game)
         axes.xaxis.set_major_formatter(plot.EngFormatter(sep=""))
     for axes in grid[-1]:
-        axes.set_xlabel("updates" if frames == 1 else "frames (agent steps x 4)")
+        axes.set_xlabel("frames (agent steps x 4)" if steps == "frames" else steps)
     plot.legend(figure)
     plot.save(figure, rows, options.output / plot.file_name(agent, "analysis"))
 

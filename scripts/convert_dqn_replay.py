@@ -362,7 +362,12 @@ if __name__ == "__main__":
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, stop)
     try:
-        main(tyro.cli(Args, description=__doc__))
+        try:
+            main(tyro.cli(Args, description=__doc__))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads standard output any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)

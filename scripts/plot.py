@@ -23,7 +23,8 @@ import itertools
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -58,6 +59,7 @@ LOW_DATA = ("DER", "DrQ(eps)")  # agents whose score is the evaluation after tra
 CURVES = 6  # methods in a panel of curves, unless --methods names others
 LONG, SMOOTH = 25, 5  # curves of at least so many iterations are means of so many
 NUMBER = re.compile(r"\d[\d.]*(e[+-]?\d+)?")
+ALL = "all games"  # a panel of curves
 REFERENCE = Path(__file__).with_name("reference_curves.csv")
 
 
@@ -79,7 +81,7 @@ class Run(NamedTuple):
     method: tuple  # pairs of a flag and its value
     encoder: str
     parameters: float
-    step: np.ndarray  # of every iteration: agent step, or update
+    step: np.ndarray  # of every iteration: frames, which are agent steps x 4; offline updates
     score: np.ndarray  # raw
     normalized: np.ndarray  # in %, nan where the game has no human score
     evaluation: tuple[float, float] | None  # raw and normalised score after training
@@ -108,25 +110,22 @@ def read(path: Path) -> tuple[dict[str, list[Run]], list[str]]:
         header = next(lines, [])
         if "encoder_parameters" not in header:
             raise ValueError(f"{path} is no table of collect.py's")
-        width = header.index("iteration")
-        found = [(key, [line[width:] for line in rows]) for key, rows in itertools.groupby(lines, lambda x: x[:width])]
-    flags, agents = header[2 : header.index("seed")], defaultdict(list)
-    for key, rows in found:
-        run = dict(zip(header, key, strict=False))
-        agents[run["agent"]].append((run, rows))
-    result = {}
+        width, agents = header.index("iteration"), defaultdict(list)
+        for key, rows in itertools.groupby(lines, lambda line: line[:width]):
+            run = dict(zip(header, key, strict=False))
+            agents[run["agent"]].append((run, [line[width:] for line in rows]))
+    flags, found = header[2 : header.index("seed")], defaultdict(list)
     for agent, runs in sorted(agents.items()):
-        names, result[agent] = named_flags(flags, [run for run, _ in runs]), []
+        names = named_flags(flags, [run for run, _ in runs])
         for run, rows in runs:
-            numbers = np.array(
-                [[*map(number, (step, score, normal))] for i, step, _, score, normal in rows if i != "eval"]
-            )
+            numbers = [(frames or step, score, normal) for i, step, frames, score, normal in rows if i != "eval"]
             evaluation = [(number(score), number(normal)) for i, *_, score, normal in rows if i == "eval"]
             method = tuple((name, run[name]) for name in names[run["layer"]])
             encoder = run.get("encoder", "nature" if agent in LOW_DATA else "impala")
             which = agent, run["game"], int(run["seed"]), method, encoder, number(run["parameters"])
-            result[agent].append(Run(*which, *numbers.reshape(-1, 3).T, *(evaluation or [None])))
-    return result, [*flags[1:], "parameters"]
+            columns = np.array([[*map(number, row)] for row in numbers]).reshape(-1, 3).T
+            found[agent].append(Run(*which, *columns, *(evaluation or [None])))
+    return found, [*flags[1:], "parameters"]
 
 
 def label(method: tuple) -> str:
@@ -193,13 +192,13 @@ def legend(figure) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
-def draws(sizes: list[int], options: Options) -> np.ndarray:
-    """Runs of bootstrap samples (repetitions, runs): of each game, as many as it has, among its own."""
-    random, starts = np.random.default_rng(options.seed), np.cumsum([0, *sizes])
-    columns = [
-        start + random.integers(n, size=(options.repetitions, n)) for start, n in zip(starts, sizes, strict=False)
-    ]
-    return np.concatenate(columns, axis=1)
+def draws(games: Iterable, options: Options, random: np.random.Generator | None = None) -> np.ndarray:
+    """Places of bootstrap samples (repetitions, runs): of each game's runs, as many as there are, among its own."""
+    random, start, found = random or np.random.default_rng(options.seed), 0, []
+    for runs in games:
+        found.append(start + random.integers(len(runs), size=(options.repetitions, len(runs))))
+        start += len(runs)
+    return np.concatenate(found, axis=1)
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
@@ -215,14 +214,22 @@ def bounds(samples: np.ndarray) -> np.ndarray:
 
 def improvement(x: list[np.ndarray], y: list[np.ndarray], options: Options) -> tuple[float, np.ndarray]:
     """P(a run of x beats one of y on a random game), and its interval; x and y have an array of scores per game."""
-    drawn = draws([*map(len, x)], options), draws([*map(len, y)], replace(options, seed=options.seed + 1))
-    total, samples = 0.0, np.zeros(options.repetitions)
-    for one, two, i, j in zip(x, y, *(np.cumsum([0, *map(len, scores)]) for scores in (x, y)), strict=False):
+    total, samples, random = 0.0, np.zeros(options.repetitions), np.random.default_rng(options.seed)
+    for one, two in zip(x, y, strict=True):
         wins = (one[:, None] > two) + 0.5 * (one[:, None] == two)
-        a, b = drawn[0][:, i : i + len(one)] - i, drawn[1][:, j : j + len(two)] - j
+        i, j = draws([one], options, random), draws([two], options, random)
         total += wins.mean() / len(x)
-        samples += wins[a[:, :, None], b[:, None, :]].mean(axis=(1, 2)) / len(x)
+        samples += wins[i[:, :, None], j[:, None, :]].mean(axis=(1, 2)) / len(x)
     return total, bounds(samples)
+
+
+def by_game_and_method(runs: list[Run]) -> dict[tuple, list[Run]]:
+    """Those with at least one iteration."""
+    found = defaultdict(list)
+    for run in runs:
+        if len(run.step):
+            found[run.game, run.method].append(run)
+    return found
 
 
 def scores_at(runs: list[Run], steps: np.ndarray, column: str) -> np.ndarray:
@@ -263,13 +270,11 @@ def scaled(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
     return found, "% of the range of all runs"
 
 
-def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, list[np.ndarray]], str]:
-    """Method -> scores per game, of the games that all methods have; and when these scores were made, in words."""
+def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, dict[str, np.ndarray]], str]:
+    """Method -> game -> scores, of the games that all methods have; and when these scores were made, in words."""
     found, missing = defaultdict(lambda: defaultdict(dict)), defaultdict(list)  # method -> game -> seed -> score
     last = min((run.step[-1] for run in runs if len(run.step)), default=0)
-    what, when = (
-        ("evaluation", "after training") if agent in LOW_DATA else ("iteration", f"at {steps_text(agent, last)}")
-    )
+    when = "after training" if agent in LOW_DATA else f"at {EngFormatter(sep='')(last)} {unit_of_steps(agent)}"
     for run in runs:
         at = np.searchsorted(run.step, last, side="right") - 1
         if agent in LOW_DATA and run.evaluation:
@@ -277,49 +282,55 @@ def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, list[np.ndarr
         elif agent not in LOW_DATA and at >= 0:
             found[run.method][run.game][run.seed] = run.normalized[at]
         else:
-            missing[run.method].append(f"{run.game} seed {run.seed} (no {what})")
+            missing[run.method].append(f"{run.game} seed {run.seed} (no score {when})")
     methods = sorted({run.method for run in runs}, key=order)
-    games, seeds = ({getattr(run, name) for run in runs} for name in ("game", "seed"))
-    used = sorted(game for game in games if all(found[method][game] for method in methods))
+    games, seeds = (sorted({getattr(run, name) for run in runs}) for name in ("game", "seed"))
+    used = [game for game in games if all(found[method][game] for method in methods)]
     n = sum(len(found[method][game]) for method in methods for game in used)
     print(f"{agent}: {len(methods)} methods, {len(used)} games, {n} runs in the aggregates, scores {when}")
     there = {(run.method, run.game, run.seed) for run in runs}
-    for method in methods:
-        for game in sorted(games):
-            if gone := [str(seed) for seed in sorted(seeds) if (method, game, seed) not in there]:
-                missing[method].append(f"{game} seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
-        if missing[method]:
-            print(f"    missing of {label(method)}: {'; '.join(missing[method])}")
-    if games - {*used}:
-        print(f"    in no aggregate, as a method lacks them: {', '.join(sorted(games - {*used}))}")
-    return {method: [np.array([*found[method][game].values()]) for game in used] for method in methods if used}, when
+    for method, game in itertools.product(methods, games):
+        if gone := [str(seed) for seed in seeds if (method, game, seed) not in there]:
+            missing[method].append(f"{game} seed{'s' * (len(gone) > 1)} {', '.join(gone)}")
+    for method in filter(missing.get, methods):
+        print(f"    missing of {label(method)}: {'; '.join(missing[method])}")
+    if len(used) < len(games):
+        print(f"    in no aggregate, as a method lacks them: {', '.join(game for game in games if game not in used)}")
+    scores = {method: {game: np.array([*found[method][game].values()]) for game in used} for method in methods}
+    return scores if used else {}, when
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
-def steps_text(agent: str, steps: float) -> str:
-    """Agent steps as the paper counts them, in frames; offline, updates."""
-    text = EngFormatter(sep="")
-    return f"{text(steps)} updates" if agent.startswith("CQL") else f"{text(4 * steps)} frames"
+def unit_of_steps(agent: str) -> str:
+    return "updates" if agent.startswith("CQL") else "frames"
 
 
-def plot_scores(agent: str, runs: list[Run], scores: dict, unit: str, when: str, options: Options) -> None:
-    """IQM of each method; and of each line of methods over --x."""
+def table(method: tuple, names: tuple, *columns) -> list[dict]:
+    """Rows of a picture's CSV file."""
+    return [dict(method) | dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def plot_methods(agent: str, runs: list[Run], scores: dict, unit: str, when: str, options: Options) -> list[dict]:
+    """IQM of each method, with its interval; returns the rows."""
     rows, look = [], looks(list(scores))
+    figure, axes = plt.subplots(figsize=(width_of(scores), 0.6 + 0.17 * len(scores)))
     for method, games in scores.items():
-        values = np.concatenate(games)
-        low, high = bounds(iqm(values[draws([*map(len, games)], options)]))
+        values = np.concatenate([*games.values()])
+        middle, (low, high) = iqm(values), bounds(iqm(values[draws(games.values(), options)]))
+        error = [[middle - low], [high - middle]]
+        axes.errorbar(middle, label(method), xerr=error, fmt="o", color=look[method]["color"], ms=3.5, capsize=2)
         parameters = np.mean([run.parameters for run in runs if run.method == method])
         row = dict(method) | {"parameters": f"{parameters:.0f}" if np.isfinite(parameters) else ""}
-        rows.append(row | {"iqm": iqm(values), "low": low, "high": high, "runs": len(values)})
-    figure, axes = plt.subplots(figsize=(width_of(scores), 0.6 + 0.17 * len(rows)))
-    for method, row in zip(scores, rows, strict=True):
-        error = [[row["iqm"] - row["low"]], [row["high"] - row["iqm"]]]
-        axes.errorbar(row["iqm"], label(method), xerr=error, fmt="o", color=look[method]["color"], ms=3.5, capsize=2)
+        rows.append(row | {"iqm": middle, "low": low, "high": high, "runs": len(values)})
     axes.set(xlabel=f"IQM, {unit}, {when}", ylim=(len(rows) - 0.5, -0.5))
     save(figure, rows, options.output / file_name(agent, "methods"))
+    return rows
 
+
+def plot_over(agent: str, methods: list[tuple], rows: list[dict], ylabel: str, options: Options) -> None:
+    """IQM over --x, a line through the methods that differ in it alone; rows as in the picture of methods."""
     lines, x = defaultdict(list), options.x
-    for method, row in zip(scores, rows, strict=True):
+    for method, row in zip(methods, rows, strict=True):
         if row.get(x):
             without = SIZES if x == "parameters" else {x}
             lines[tuple(pair for pair in method if pair[0] not in without)].append(row)
@@ -329,25 +340,23 @@ def plot_scores(agent: str, runs: list[Run], scores: dict, unit: str, when: str,
         return
     look, texts = looks(list(lines)), list(dict.fromkeys(row[x] for those in lines.values() for row in those))
     numeric = all(map(NUMBER.fullmatch, texts))
-    ticks = sorted(map(float, texts)) if numeric else range(len(texts))
+    ticks = {text: float(text) if numeric else i for i, text in enumerate(texts)}
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
     for line, those in lines.items():
-        at = [float(row[x]) if numeric else texts.index(row[x]) for row in those]
-        those, at = zip(*sorted(zip(those, at, strict=True), key=lambda pair: pair[1]), strict=True)
+        those.sort(key=lambda row: ticks[row[x]])
         middle, low, high = (np.array([row[name] for row in those]) for name in ("iqm", "low", "high"))
-        style = look[line] | ({} if numeric else {"ls": ""})  # nothing lies between names
-        axes.errorbar(
-            at, middle, np.stack([middle - low, high - middle]), ms=3.5, capsize=2, label=label(line), **style
-        )
-    if numeric and ticks[0] > 0 and ticks[-1] >= 4 * ticks[0]:
+        style = look[line] | {"label": label(line), "ms": 3.5, "capsize": 2}
+        style |= {} if numeric else {"ls": ""}  # nothing lies between names
+        axes.errorbar([ticks[row[x]] for row in those], middle, np.stack([middle - low, high - middle]), **style)
+    if numeric and min(ticks.values()) > 0 and max(ticks.values()) >= 4 * min(ticks.values()):
         axes.set_xscale("log", base=10 if x == "parameters" else 2)
     if x == "parameters":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     else:
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if numeric else texts)
+        axes.set_xticks([*ticks.values()], [f"{tick:g}" for tick in ticks.values()] if numeric else texts)
         axes.minorticks_off()
-    name = "experts (dense: width / 512)" if x == "num_experts" else x.replace("_", " ")
-    axes.set(xlabel=f"{name} of the network" if x == "parameters" else name, ylabel=f"IQM, {unit},\n{when}")
+    names = {"num_experts": "experts (dense: width / 512)", "parameters": "parameters of the network"}
+    axes.set(xlabel=names.get(x, x.replace("_", " ")), ylabel=ylabel)
     legend(figure)
     save(figure, [row for those in lines.values() for row in those], options.output / file_name(agent, x))
 
@@ -369,76 +378,78 @@ def draw_bands(axes, lines: dict, look: dict) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
-def plot_curves(agent: str, runs: list[Run], scores: dict, aggregated: list[Run], unit: str, options: Options) -> None:
-    """Raw scores per game, mean and range over seeds; and the IQM of all games, with its interval."""
-    offline, panels, rows = agent.startswith("CQL"), defaultdict(dict), []
-    methods = sorted({run.method for run in runs}, key=order)
-    for game, method in itertools.product(sorted({run.game for run in runs}), methods):
-        those = [run for run in runs if (run.game, run.method) == (game, method) and len(run.step)]
-        if those and len(steps := common_steps(those)):
+def curves_of(runs: list[Run], scores: dict, aggregated: list[Run], options: Options) -> dict[str, dict]:
+    """Game -> method -> steps, mean, minimum and maximum of raw scores; ALL -> method -> steps, IQM and interval."""
+    groups, found = by_game_and_method(runs), defaultdict(dict)
+    for game, method in sorted(groups, key=lambda key: (key[0], order(key[1]))):
+        those = groups[game, method]
+        if len(steps := common_steps(those)):
             values = scores_at(those, steps, "score")
-            panels[game][method] = steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-    games = sorted({run.game for run in aggregated})
-    for method in scores:
-        those = [[run for run in aggregated if (run.game, run.method) == (g, method) and len(run.step)] for g in games]
-        those = [part for part in those if part]
-        if len(steps := common_steps(sum(those, []))):
+            found[game][method] = steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    groups = by_game_and_method(aggregated)
+    for method, games in scores.items():
+        those = [groups[game, method] for game in games if groups[game, method]]
+        if those and len(steps := common_steps(sum(those, []))):
             steps = steps[:: -max(1, len(steps) // 20)][::-1]  # which keeps the last
-            values = scores_at(sum(those, []), steps, "normalized")  # (runs, steps)
-            low, high = bounds(iqm(values.T[:, draws([*map(len, those)], options)].swapaxes(0, 1)))
-            panels[f"all games: IQM, {unit}"][method] = steps, iqm(values.T), low, high
+            values = scores_at(sum(those, []), steps, "normalized").T  # (steps, runs)
+            samples = iqm(values[:, draws(those, options)])  # (steps, repetitions)
+            found[ALL][method] = steps, iqm(values), *bounds(samples.T)
+    return found
+
+
+def draw_authors(axes, agent: str, game: str, encoders: set[str], last: float) -> None:
+    """The range of the authors' seeds on a game, up to the last step of ours."""
+    with open(REFERENCE, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["agent"], row["game"]) == (agent, game.lower())]
+    for encoder in sorted(encoders):
+        band = [row for row in rows if row["encoder"] == encoder and 1e6 * (int(row["iteration"]) + 1) <= last]
+        if band:
+            frames, low, high = zip(*((int(row["iteration"]) + 1, row["min"], row["max"]) for row in band), strict=True)
+            name = f"authors' dense {encoder}" + " (C51, 3-step, prioritised only)" * (agent == "Rainbow")
+            style = {"fc": "none", "ec": "0.6", "hatch": "////", "lw": 0, "label": name}
+            axes.fill_between(1e6 * np.array(frames), [*map(float, low)], [*map(float, high)], **style)
+
+
+def plot_curves(agent: str, runs: list[Run], panels: dict, unit: str, options: Options) -> None:
+    """A panel per game, and one of all games."""
     if not panels:
         print(f"{agent}: no curves, as no run has an iteration in which an episode ended")
         return
-    drawn, look = shown(methods, options), looks(methods)
-    if len(drawn) < len(methods):
-        rest = "; ".join(label(method) for method in methods if method not in drawn)
-        print(f"{agent}: curves of {len(drawn)} methods; --methods draws others: {rest}")
-    with open(REFERENCE, newline="") as file:
-        reference = [row for row in csv.DictReader(file) if row["agent"] == agent]
+    methods = sorted({run.method for run in runs}, key=order)
+    drawn, look, rows = shown(methods, options), looks(methods), []
+    if rest := [label(method) for method in methods if method not in drawn]:
+        print(f"{agent}: curves of {len(drawn)} methods; --methods draws others: {'; '.join(rest)}")
     encoders = {"CNN" if run.encoder == "nature" else "Impala" for run in runs}
-    columns, smooth = 2 if len(panels) == 4 else min(len(panels), 3), max(len(run.step) for run in runs) >= LONG
+    smooth = f"\n(mean of {SMOOTH} iterations)" * any(len(run.step) >= LONG for run in runs)
+    steps = unit_of_steps(agent)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     figure, grid = plt.subplots(-(-len(panels) // columns), columns, squeeze=False)
     figure.set_size_inches(WIDTH * columns, 2.2 * grid.shape[0])
-    for axes, (title, lines) in itertools.zip_longest(grid.flat, panels.items(), fillvalue=(None, {})):
-        if title is None:
-            axes.set_axis_off()
-            continue
-        lines = {method: (x if offline else 4 * x, *values) for method, (x, *values) in lines.items()}
-        for method, values in lines.items():
-            names = "updates" if offline else "frames", "middle", "low", "high"
-            rows += [
-                {"panel": title} | dict(method) | dict(zip(names, v, strict=True)) for v in zip(*values, strict=True)
-            ]
-        lines = {method: values for method, values in lines.items() if method in drawn}
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (game, lines) in zip(grid.flat, panels.items(), strict=False):
+        for method, line in lines.items():
+            rows += [{"panel": game} | row for row in table(method, (steps, "middle", "low", "high"), *line)]
+        lines = {method: line for method, line in lines.items() if method in drawn}
         draw_bands(axes, lines, look)
-        last = max((x[-1] for x, *_ in lines.values()), default=0)
-        for encoder in sorted(encoders):
-            band = [row for row in reference if (row["game"], row["encoder"]) == (title.lower(), encoder)]
-            frames = [1e6 * (int(row["iteration"]) + 1) for row in band]
-            if frames := [at for at in frames if at <= last]:
-                name = f"authors' dense {encoder}" + " (C51, 3-step, prioritised only)" * (agent == "Rainbow")
-                low, high = ([float(row[key]) for row in band][: len(frames)] for key in ("min", "max"))
-                axes.fill_between(frames, low, high, fc="none", ec="0.6", hatch="////", lw=0, label=name)
+        draw_authors(axes, agent, game, encoders, max((x[-1] for x, *_ in lines.values()), default=0))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        what = "return" if ":" not in title else "IQM"
-        axes.set(title=title.split(":")[0], xlabel="updates" if offline else "frames (agent steps x 4)")
-        axes.set_ylabel((what if what == "return" else f"IQM, {unit}") + f"\n(mean of {SMOOTH} iterations)" * smooth)
+        axes.set(title=game, xlabel="frames (agent steps x 4)" if steps == "frames" else steps)
+        axes.set_ylabel((f"IQM, {unit}" if game == ALL else "return") + smooth)
     legend(figure)
     save(figure, rows, options.output / file_name(agent, "curves"))
 
 
 def plot_profiles(agent: str, scores: dict, unit: str, when: str, options: Options) -> None:
     """Share of runs with a score above tau (Agarwal et al., 2021, section 4.2)."""
-    values = {method: np.concatenate(games) for method, games in scores.items()}
+    values = {method: np.concatenate([*games.values()]) for method, games in scores.items()}
     tau = np.linspace(min(x.min() for x in values.values()), max(x.max() for x in values.values()), 100)
     lines, rows = {}, []
     for method, games in scores.items():
-        samples = np.sort(values[method][draws([*map(len, games)], options)])  # (repetitions, runs)
+        samples = np.sort(values[method][draws(games.values(), options)])  # (repetitions, runs)
         shares = [1 - np.searchsorted(sample, tau, side="right") / samples.shape[1] for sample in samples]
         lines[method] = tau, (values[method] > tau[:, None]).mean(axis=1), *bounds(np.array(shares))
-        names = "tau", "share", "low", "high"
-        rows += [dict(method) | dict(zip(names, v, strict=True)) for v in zip(*lines[method], strict=True)]
+        rows += table(method, ("tau", "share", "low", "high"), *lines[method])
     figure, axes = plt.subplots(figsize=(WIDTH, 2.2))
     draw_bands(axes, {method: lines[method] for method in shown(list(scores), options)}, looks(list(scores)))
     axes.set(xlabel=f"score tau, {unit}, {when}", ylabel="share of runs above tau")
@@ -456,7 +467,7 @@ def plot_improvement(agent: str, scores: dict, when: str, options: Options) -> N
     figure, axes = plt.subplots(figsize=(width_of(scores), 0.6 + 0.3 * len(pairs)))
     rows, look = [], looks(list(scores))
     for x, y in pairs:
-        p, (low, high) = improvement(scores[x], scores[y], options)
+        p, (low, high) = improvement([*scores[x].values()], [*scores[y].values()], options)
         style = {"fmt": "o", "color": look[x]["color"], "ms": 3.5, "capsize": 2}
         axes.errorbar(p, f"{label(x)}\n> {label(y)}", xerr=[[p - low], [high - p]], **style)
         rows.append({"pair": f"{label(x)} > {label(y)}", "probability": p, "low": low, "high": high})
@@ -477,45 +488,29 @@ def plot_published(agent: str, runs: list[Run], options: Options) -> None:
     columns, look, rows = min(len(games), 6), looks(methods), []
     figure, grid = plt.subplots(-(-len(games) // columns), columns, squeeze=False)
     figure.set_size_inches(max(1.1 * columns, WIDTH), 1.7 * grid.shape[0])
-    for axes, game in itertools.zip_longest(grid.flat, games):
-        if game is None:
-            axes.set_axis_off()
-            continue
+    for axes in grid.flat[len(games) :]:
+        axes.set_axis_off()
+    for axes, game in zip(grid.flat, games, strict=False):
         low, middle, high = (float(published[game][name]) for name in ("q05", "median", "q95"))
-        number = f"{published[game]['runs']} published seeds"
-        axes.axhspan(low, high, color="0.85", lw=0, label=f"5 to 95% of {number}")
-        axes.axhline(middle, color="0.35", lw=1, label=f"median of {number}")
+        seeds = f"{published[game]['runs']} published seeds"
+        axes.axhspan(low, high, color="0.85", lw=0, label=f"5 to 95% of {seeds}")
+        axes.axhline(middle, color="0.35", lw=1, label=f"median of {seeds}")
         for i, method in enumerate(methods):
-            those = [run for run in runs if (run.game, run.method) == (game, method)]
+            those = {run.seed: run.evaluation[0] for run in runs if (run.game, run.method) == (game, method)}
             style = {name: look[method][name] for name in ("color", "marker")}
-            at = i + 0.1 * (np.arange(len(those)) - (len(those) - 1) / 2)
-            axes.plot(
-                at,
-                [run.evaluation[0] for run in those],
-                **style,
-                ls="",
-                ms=4,
-                mec="black",
-                mew=0.4,
-                label=label(method),
-            )
-            rows += [
-                {"game": game}
-                | dict(method)
-                | {"seed": run.seed, "score": run.evaluation[0]}
-                | {"q05": low, "median": middle, "q95": high, "inside": low <= run.evaluation[0] <= high}
-                for run in those
-            ]
+            style |= {"ls": "", "ms": 4, "mec": "black", "mew": 0.4, "label": label(method)}
+            axes.plot(i + 0.1 * (np.arange(len(those)) - (len(those) - 1) / 2), [*those.values()], **style)
+            known = {"game": game, "q05": low, "median": middle, "q95": high}
+            rows += [known | row for row in table(method, ("seed", "score"), those, those.values())]
         axes.set(title=game, xlim=(-0.6, len(methods) - 0.4), xticks=[])
         axes.margins(y=0.1)
     figure.supylabel("mean return of the evaluation", fontsize=7)
     legend(figure)
     save(figure, rows, options.output / file_name(agent, "published"))
-    outside = [
-        f"{row['game']} {row['layer']} seed {row['seed']}: {row['score']:g}" for row in rows if not row["inside"]
-    ]
+    outside = [row for row in rows if not row["q05"] <= row["score"] <= row["q95"]]
+    names = [f"{row['game']} {row['layer']} seed {row['seed']}: {row['score']:g}" for row in outside]
     said = f"{agent}: {len(rows) - len(outside)} of {len(rows)} runs are in the published 5 to 95%"
-    print(said + (f", not {'; '.join(outside)}" if outside else ""))
+    print(", not ".join([said, *["; ".join(names)] * bool(names)]))
 
 
 def main(options: Options) -> None:
@@ -533,13 +528,14 @@ def main(options: Options) -> None:
     for agent, runs in agents.items():
         aggregated, unit = scaled(agent, runs)
         scores, when = final_scores(agent, aggregated)
-        plot_curves(agent, runs, scores, aggregated, unit, options)
+        plot_curves(agent, runs, curves_of(runs, scores, aggregated, options), unit, options)
         if options.published:
             plot_published(agent, runs, options)
         if not scores:
             print(f"{agent}: no aggregates, no game has a score of every method")
             continue
-        plot_scores(agent, aggregated, scores, unit, when, options)
+        rows = plot_methods(agent, aggregated, scores, unit, when, options)
+        plot_over(agent, list(scores), rows, f"IQM, {unit},\n{when}", options)
         plot_profiles(agent, scores, unit, when, options)
         plot_improvement(agent, scores, when, options)
 

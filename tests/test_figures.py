@@ -166,7 +166,7 @@ def test_plot_draws_the_numbers_of_the_table(runs, tmp_path, capsys):
         for row in read_csv(figures / "dqn_curves.csv")
     }
     for method, scores in first.items():
-        row = curves[*method, "all games: IQM, % of human", 2e6]
+        row = curves[*method, "all games", 2e6]
         assert float(row["middle"]) == pytest.approx(np.mean(sorted(scores)[1:3]))
         assert float(row["low"]) <= float(row["middle"]) <= float(row["high"])
     assert {row["layer"] for row in read_csv(figures / "dqn_num_experts.csv")} == {"softmoe"}
@@ -189,7 +189,7 @@ def test_intervals_are_rliable_s():
     given = {"reps": 1_000, "random_state": np.random.RandomState(0)}
     for scores in (x, y):
         expected = library.get_interval_estimates({"": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), **given)
-        values, drawn = scores.T.flatten(), plot.draws([5] * 4, options)
+        values, drawn = scores.T.flatten(), plot.draws(scores.T, options)
         assert plot.iqm(values) == pytest.approx(expected[0][""][0])
         assert plot.bounds(plot.iqm(values[drawn])) == pytest.approx(expected[1][""][:, 0], abs=0.15)
     better = {"": (x, y)}
@@ -211,7 +211,14 @@ def test_aggregates_use_the_runs_that_are_there_and_name_those_that_lack(runs, t
     assert float(read_csv(figures / "dqn_methods.csv")[-1]["iqm"]) == pytest.approx(np.mean(scores), abs=1e-3)
     figures = pictures(tmp_path, [path for path in runs if not path.name.startswith("Pongsoftmoe8")])
     assert "in no aggregate, as a method lacks them: Pong\n" in capsys.readouterr().out
-    assert {row["runs"] for row in read_csv(figures / "dqn_methods.csv")} == {"2"}
+    methods = read_csv(figures / "dqn_methods.csv")
+    assert {row["runs"] for row in methods} == {"2"}
+    ends = [
+        row
+        for row in read_csv(figures / "dqn_curves.csv")
+        if (row["panel"], row["frames"]) == ("all games", "4000000.0")
+    ]
+    assert [row["middle"] for row in ends] == [row["iqm"] for row in methods]  # of the same games
 
 
 @pytest.mark.usefixtures("numbers_only")
@@ -284,7 +291,7 @@ def test_low_data_agents_have_names_of_their_own_and_their_score_is_the_evaluati
     found.append(fake_run(tmp_path / "none", der, [1.0], env_id="PongNoFrameskip-v4"))
     figures = pictures(tmp_path, found)
     said = capsys.readouterr().out
-    assert "missing of Soft MoE, 4 experts, distributional: Pong seed 1 (no evaluation)" in said
+    assert "missing of Soft MoE, 4 experts, distributional: Pong seed 1 (no score after training)" in said
     assert [float(row["iqm"]) for row in read_csv(figures / "drq_eps_methods.csv")] == [100]
     rows = read_csv(figures / "der_methods.csv")
     assert [(row["distributional"], float(row["iqm"])) for row in rows] == [("False", 100), ("True", 100)]
@@ -297,7 +304,7 @@ def test_runs_without_a_score_are_named(script, lacks, tmp_path, capsys):
     short = fake_run(tmp_path / "short", script, [None] if given else [1.0], **given)
     pictures(tmp_path, [short])
     said = capsys.readouterr().out
-    assert f"Breakout seed 1 (no {lacks})" in said and "no aggregates" in said
+    assert "Breakout seed 1 (no score " in said and "no aggregates" in said
     assert ("no curves" in said) == (lacks == "iteration")
 
 
@@ -310,8 +317,9 @@ def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
     assert [float(row["iqm"]) for row in rows] == [60, 70]
     assert {row["panel"] for row in read_csv(tmp_path / "figures" / "dqn_curves.csv")} == {
         "Pooyan",
-        "all games: IQM, % of the range of all runs",
+        "all games",
     }
+    assert plot.scaled("DQN", plot.read(tmp_path / "results.csv")[0]["DQN"])[1] == "% of the range of all runs"
     capsys.readouterr()
     rows = read_csv(pictures(tmp_path, [*found, fake_run(tmp_path / "one", dqn_softmoe, [1.7])]) / "dqn_methods.csv")
     assert "Pooyan have no human score and are in no aggregate" in capsys.readouterr().out
@@ -584,6 +592,16 @@ def test_a_missing_package_is_one_line(script, package, tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines() == [
         f"error: No module named {package}; pip install -r scripts/requirements.txt"
     ]
+
+
+@pytest.mark.parametrize("script", ["convert_dqn_replay"])
+def test_help_that_nobody_reads_ends_without_a_word(script):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_scores_of_games_have_their_sources():
