@@ -77,12 +77,14 @@ def graphed_as_eager(tmp_path, monkeypatch, data):
     return compare
 
 
+DRQ_EPS = {"distributional": False, "noisy": False, "prioritized": False, "augment": True}
 CASES = [("dqn_softmoe", {"layer": "top1moe", "load_balancing": "importance+load"})]
 CASES += [("dqn_softmoe", {"replay_ratio": 0.5, "save_replay": True}), ("dqn_softmoe", {"replay_device": "cpu"})]
 CASES += [("dqn_softmoe", {"layer": "dense", "num_experts": 1, "num_envs": 1}), ("dqn_softmoe", {"learned_phi": False})]
 CASES += [("rainbow_softmoe", {}), ("rainbow_softmoe", {"replay_device": "cpu"})]
 CASES += [("rainbow_softmoe", {"prioritized": False, "noisy": False, "replay_device": "cpu"})]
 CASES += [("der_softmoe", {"augment": True, "replay_ratio": 0.5}), ("cql_softmoe", {})]
+CASES += [("der_softmoe", DRQ_EPS | {"target_network_frequency": 1})]
 CASES += [("cql_softmoe", {"distributional": False}), ("cql_softmoe", {"replay_device": "cpu"})]
 
 
@@ -179,7 +181,7 @@ COMPILED = [("dqn_softmoe", {"layer": "top1moe", "encoder": "impala"}), ("rainbo
 COMPILED += [("rainbow_softmoe", {"layer": "dense", "num_experts": 1, "prioritized": False})]
 COMPILED += [("der_softmoe", {"augment": True, "encoder": "impala"}), ("cql_softmoe", {"distributional": False})]
 COMPILED += [("dqn_softmoe", {"expert_variant": "big"}), ("dqn_softmoe", {"layer": "expert_choice"})]
-COMPILED += [("rainbow_softmoe", {"layer": "tokenized", "tokenization": "Shuffled"})]
+COMPILED += [("rainbow_softmoe", {"layer": "tokenized", "tokenization": "Shuffled"}), ("der_softmoe", DRQ_EPS)]
 
 
 @pytest.mark.parametrize("script, settings", COMPILED)
