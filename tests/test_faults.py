@@ -384,7 +384,7 @@ def test_a_run_on_a_poorer_system(child, args):
 def test_help_in_ascii_and_without_docstrings(tmp_path):
     line = [sys.executable, "-OO", str(ROOT / "dqn_softmoe.py"), "--help"]
     env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, timeout=600)
     assert done.returncode == 0 and done.stderr == b"" and b"--weights-every" in done.stdout
 
 

@@ -315,7 +315,7 @@ def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
     command = [sys.executable, *flags, f"{name}.py", *words(total_timesteps=300)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0 and notes(done.stderr) == [], done.stderr
     assert done.stdout.startswith(f"{name}.py: pixel_game:PixelCatch-v0")
     expected = {"config.json", "episodes.csv", "metrics.csv", "weights.pt", "eval.json", "checkpoint.pt"}
@@ -339,10 +339,10 @@ def test_the_printed_command_continues_a_run_that_a_signal_stopped(tmp_path):
             break
     wait_for(lambda: any(map(read_csv, elsewhere.glob("*/*/episodes.csv"))), "the end of an episode")
     run.terminate()
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 75, err
     step = checkpoint(only_run(elsewhere / "its runs"))["progress"]["global_step"]
     command = re.search(r"continue with: (.*)", out)[1]
-    done = subprocess.run(f"{command} --total-timesteps {step + 100}", shell=True, **pipes, timeout=60)
+    done = subprocess.run(f"{command} --total-timesteps {step + 100}", shell=True, **pipes, timeout=600)
     assert done.returncode == 0, done.stderr
     assert checkpoint(only_run(elsewhere / "its runs"))["progress"]["global_step"] == step + 100
