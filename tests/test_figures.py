@@ -432,7 +432,9 @@ def test_metrics_are_those_of_plain_loops(script, layer):
     args = script.Args(encoder="nature", layer=layer, num_experts=3, expert_hidden_dim=16, cuda=False)
     q_network = script.QNetwork(args, (4, 20, 20), 3).eval()
     obs, next_obs = torch.randint(0, 256, (2, 10, 4, 20, 20), dtype=torch.uint8)
-    batch = script.Batch(obs, torch.randint(3, (10,)), torch.randn(10), torch.rand(10), next_obs, torch.arange(10))
+    weights = [torch.ones(10)] * (len(script.Batch._fields) - 6)  # DQN has none
+    numbers = torch.randint(3, (10,)), torch.randn(10), torch.rand(10)
+    batch = script.Batch(obs, *numbers, next_obs, torch.arange(10), *weights)
     found = analyze.measure(script, q_network, args, batch, 0.3)
     losses, rows = analyze.gradients(script, q_network, args, batch)
     script.td_loss(q_network, q_network, batch, args)[0].backward()  # the mean of the transitions' losses
@@ -444,9 +446,7 @@ def test_metrics_are_those_of_plain_loops(script, layer):
     others = [gram[i, j].item() for i in range(10) for j in range(10) if i != j]
     assert found["ntk_off_diagonal_mean"] == pytest.approx(np.mean(others), rel=1e-3, abs=1e-6)
     assert found["ntk_negative"] == pytest.approx(np.mean([x < 0 for x in others]) * 0.9, abs=0.011)
-    one = [
-        script.td_loss(q_network, q_network, script.Batch(*(x[i : i + 1] for x in batch[:6])), args) for i in range(10)
-    ]
+    one = [script.td_loss(q_network, q_network, script.Batch(*(x[i : i + 1] for x in batch)), args) for i in range(10)]
     one = [loss.item() for loss, *_ in one]
     assert [found["td_loss_mean"], found["td_loss_var"]] == pytest.approx([np.mean(one), np.var(one)], rel=1e-4)
     q_values = q_network.q_values(obs).detach().numpy()
