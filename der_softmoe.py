@@ -4,7 +4,8 @@
 
 Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 Rainbow (`rainbow_softmoe.py`) with the settings of van Hasselt et al. (2019): 100,000 agent steps, then 100 evaluation
-episodes. `--augment` adds DrQ's augmentation. Low data (paper, figures 12, 16): `--encoder impala --num-experts 8`.
+episodes. DrQ(eps) is this script with `--no-distributional --no-noisy --no-prioritized --augment
+--target-network-frequency 1 --epsilon-decay-steps 5000`. The paper's figures 12 and 16 have `--encoder impala` for both.
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
