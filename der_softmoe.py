@@ -5,7 +5,7 @@
 Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 Rainbow (`rainbow_softmoe.py`) with the settings of van Hasselt et al. (2019): 100,000 agent steps, then 100 evaluation
 episodes. DrQ(eps) is this script with `--no-distributional --no-noisy --no-prioritized --augment
---target-network-frequency 1 --epsilon-decay-steps 5000`. The paper's figures 12 and 16 have `--encoder impala` for both.
+--target-network-frequency 1 --epsilon-decay-steps 5000`. Figures 12 and 16 of the paper have `--encoder impala`.
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
@@ -861,7 +861,10 @@ def run_path(args: Args) -> Path:
 
 def parse_args() -> Args:
     """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
+    quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
+    old = signal.signal(quiet, signal.SIG_DFL)  # `--help | head` ends without a word, as other commands do
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
+    signal.signal(quiet, old)
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
         return args

@@ -845,7 +845,10 @@ def run_path(args: Args) -> Path:
 
 def parse_args() -> Args:
     """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
+    quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
+    old = signal.signal(quiet, signal.SIG_DFL)  # `--help | head` ends without a word, as other commands do
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
+    signal.signal(quiet, old)
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
         return args
