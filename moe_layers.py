@@ -511,6 +511,10 @@ def dormant_fraction(hidden: Tensor, tau: float = 0.0) -> Tensor:
 # ------------------------------------------------------------------------------------------ from flags to a layer
 
 
+Tokenization = Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"]
+Balancing = Literal["none", "importance", "load", "importance+load"]
+
+
 @dataclass
 class LayerArgs:
     """Flags of the penultimate layer. The `Args` of a script inherit them."""
@@ -520,12 +524,12 @@ class LayerArgs:
     layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
     num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
     expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
-    tokenization: Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"] = "PerConv"  # fig. 3
+    tokenization: Tokenization = "PerConv"  # how the feature map becomes tokens (paper, figure 3)
     capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
     normalize_router: bool = False  # L2-normalise tokens and phi in the router (softmoe; paper, figures 13-15)
     learned_phi: bool = True  # learn phi, or draw it afresh at every forward (softmoe; paper, figure 8)
     expert_variant: Literal["regular", "big"] = "regular"  # big: an encoder in each expert (softmoe; paper, figure 13)
-    load_balancing: Literal["none", "importance", "load", "importance+load"] = "none"  # top1moe; paper, figure 9
+    load_balancing: Balancing = "none"  # losses that spread the tokens over the experts (top1moe; paper, figure 9)
     importance_weight: float = 1.0  # weight of the importance loss (authors' code: 1)
     load_weight: float = 1.0  # weight of the load loss (authors' code: 1)
 
