@@ -1,0 +1,461 @@
+"""Damage from outside: changed bytes, lost files and directories, bad data, two starts at once.
+
+What is damaged is refused in one line and stays as it was; what is lost is said in a warning; nothing passes silently.
+"""
+
+import gc
+import importlib
+import itertools
+import json
+import shutil
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from pixel_game import PixelCatch
+from runs import AGENTS, ROOT, checkpoint, files, notes, quick, read_csv, same
+
+import cql_softmoe
+import dqn_softmoe
+
+sys.path.append(str(ROOT / "scripts"))
+import analyze
+import convert_dqn_replay as convert
+import evaluate
+
+ONLINE = {"total_timesteps": 128, "learning_starts": 40, "iteration_steps": 64, "checkpoint_every": 64, "num_envs": 2}
+ONLINE |= {"replay_ratio": 0.125}
+OFFLINE = {"total_updates": 4, "iteration_updates": 2, "checkpoint_every": 2, "eval_steps": 20, "num_envs": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Segments of a run that learned nothing."""
+    folder = tmp_path_factory.mktemp("data")
+    settings = {"total_timesteps": 200, "checkpoint_every": 80, "learning_starts": 200, "save_replay": True}
+    dqn_softmoe.main(dqn_softmoe.Args(**quick(runs_dir=str(folder), run_name="run", eval_episodes=0, **settings)))
+    return folder / "run" / "replay"
+
+
+@pytest.fixture(params=[*AGENTS, "cql_softmoe"])
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def args(script, tmp_path, data):
+    """Args of a run in tmp_path / "run": two iterations, two checkpoints, a fraction of a second."""
+    names = {"runs_dir": str(tmp_path), "run_name": "run", "resume": "auto", "batch_size": 4, "expert_hidden_dim": 4}
+    if script is cql_softmoe:
+        game = {name: quick()[name] for name in ("env_id", "encoder", "num_experts", "cuda")}
+        return script.Args(**game, **names, **OFFLINE, dataset_dir=str(data), cache_dir=str(data.parent / "cache"))
+    return script.Args(**quick(**names, **ONLINE))
+
+
+def longer(args, iterations: int):
+    """The same for so many iterations in all."""
+    if isinstance(args, cql_softmoe.Args):
+        return replace(args, total_updates=2 * iterations)
+    return replace(args, total_timesteps=64 * iterations)
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line in which a call is refused, with exit code 2."""
+
+    def call(function, *arguments) -> str:
+        gc.collect()  # the lock of a run that failed before
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop, dqn_softmoe.one_line_errors(Exception):
+            function(*arguments)
+        (line,) = notes(capsys.readouterr().err)
+        assert stop.value.code == 2 and line.startswith("error: "), line
+        return line
+
+    return call
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+
+
+def inside(content: bytes, array: np.ndarray) -> int:
+    """A bit in the middle of this array's bytes."""
+    return 8 * (content.index(array.tobytes()) + array.nbytes // 2) + 5
+
+
+# ---------------------------------------------------------------------------------------------------- changed bytes
+def test_a_changed_bit_of_a_checkpoint(script, args, tmp_path, refused):
+    """Of a weight, which loads as another number; and anywhere, where it is noticed or changes nothing."""
+    script.main(args)
+    path, good = tmp_path / "run" / "checkpoint.pt", checkpoint(tmp_path / "run")
+    content, weight = path.read_bytes(), good["q_network"]["moe.experts.w1"].numpy()
+    path.write_bytes(flipped(content, inside(content, weight)))
+    before = files(tmp_path)
+    line = refused(script.main, longer(args, 3))
+    assert f"{path} is damaged" in line and files(tmp_path) == before
+    passed = 0
+    for bit in range(3, 8 * len(content), 8 * len(content) // 20):
+        path.write_bytes(flipped(content, bit))
+        try:
+            state = script.read_file(path)
+        except Exception:
+            continue
+        passed += 1  # between two arrays
+        assert same(state, good)
+    assert passed < 10
+
+
+def test_a_checkpoint_that_is_none(script, args, tmp_path, refused):
+    script.main(args)
+    for content in (b"", b"text", checkpoint_half(tmp_path / "run")):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        line = refused(script.main, longer(args, 3))
+        assert f"{tmp_path / 'run' / 'checkpoint.pt'} is damaged" in line
+
+
+def checkpoint_half(run: Path) -> bytes:
+    content = (run / "checkpoint.pt").read_bytes()
+    return content[: len(content) // 2]
+
+
+def test_a_changed_bit_of_weights(script, args, tmp_path, refused):
+    """`evaluate.py` and `watch.py` read them through `load`, `analyze.py` all of a run's."""
+    script.main(replace(args, weights_every=args.checkpoint_every))
+    run, options = tmp_path / "run", evaluate.Options(tmp_path / "run", episodes=1, cuda=False)
+    saved = sorted((run / "weights").iterdir(), key=lambda path: int(path.stem))
+    evaluate.main(options)
+    for path in (run / "weights.pt", *saved):
+        content = path.read_bytes()
+        weight = torch.load(path, weights_only=True)["moe.experts.w1"].numpy()
+        path.write_bytes(flipped(content, inside(content, weight)))
+        if path.parent == run:
+            assert f"{path} is damaged" in refused(evaluate.main, options)
+        else:
+            assert f"{path} is damaged" in refused(evaluate.load, path)
+            assert f"{path} is damaged" in refused(analyze.points, run, analyze.Options([run], steps=100))
+        path.write_bytes(content)
+
+
+def test_a_changed_bit_of_unpacked_data(data, tmp_path, refused):
+    """Removing it is enough: it is unpacked anew."""
+    args = cql_softmoe.Args(env_id=quick()["env_id"], dataset_dir=str(data), cache_dir=str(tmp_path))
+    envs = cql_softmoe.Environments(args, 1)
+    cache, _ = cql_softmoe.open_dataset(args, envs)
+    before = files(cache)
+    assert len(before) == 7
+    for name, content in before.items():
+        for wrong in (flipped(content, 4 * len(content)), content[:-9], b""):
+            (cache / name).write_bytes(wrong)
+            line = refused(cql_softmoe.open_dataset, args, envs)
+            assert name == "checksums.json" or f"{cache} is damaged" in line
+        (cache / name).unlink()
+        refused(cql_softmoe.open_dataset, args, envs)
+        (cache / name).write_bytes(content)
+    shutil.rmtree(cache)
+    assert files(cql_softmoe.open_dataset(args, envs)[0]) == before
+
+
+# ------------------------------------------------------------------------------------------------------ bad segments
+ROWS = (2, 10)  # environments and rows of a segment
+FIRST, SECOND = "000000000000.npz", "000000000020.npz"
+
+
+def write_segments(folder: Path, names=(FIRST, SECOND), env_id: str = quick()["env_id"], **changes) -> None:
+    """Good ones, but for these arrays of the last."""
+    folder.mkdir()
+    metadata = {"env_id": env_id, "num_actions": 3, "num_envs": 2, "ale_py": None, "rom_md5": None, "args": {}}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    good = {"frames": np.ones((*ROWS, 12, 12), np.uint8), "action": np.ones(ROWS, np.int64)}
+    good |= {"reward": np.ones(ROWS, np.float32), "terminated": np.zeros(ROWS, bool), "truncated": np.zeros(ROWS, bool)}
+    for name in names:
+        np.savez_compressed(folder / name, **good | (changes if name == names[-1] else {}))
+
+
+def one(value: object, rest: object, dtype: str) -> np.ndarray:
+    """An array with this value in its middle."""
+    array = np.full(ROWS, rest, dtype)
+    array[1, 4] = value
+    return array
+
+
+BAD = {  # arrays, and the one that the message names
+    "an infinite reward": ({"reward": one(np.inf, 1, "f4")}, "reward"),
+    "a reward that is minus infinite": ({"reward": one(-np.inf, 1, "f4")}, "reward"),
+    "no number": ({"reward": one(np.nan, 0, "f4")}, "reward"),
+    "a reward that is not clipped": ({"reward": one(1.001, 0, "f4")}, "reward"),
+    "both ends": ({name: one(True, False, "?") for name in ("terminated", "truncated")}, "truncated"),
+    "a boolean of 2": ({"terminated": one(2, 1, "u1").view(bool)}, "terminated"),
+    "another boolean of 2": ({"truncated": one(2, 0, "u1").view(bool)}, "truncated"),
+    "an action that the game has not": ({"action": one(3, 0, "i8")}, "action"),
+    "a negative action": ({"action": one(-1, 0, "i8")}, "action"),
+    "another type": ({"reward": one(0, 0, "f8")}, "reward"),
+    "another length": ({"truncated": np.zeros((2, 9), bool)}, "truncated"),
+}
+
+
+def refused_by_both(tmp_path: Path) -> str:
+    """What training says of the data, and conversion too."""
+    envs = SimpleNamespace(frame_shape=(12, 12), num_actions=3)
+    args = cql_softmoe.Args(env_id=quick()["env_id"], dataset_dir=str(tmp_path / "data"))
+    with pytest.raises(ValueError) as caught:
+        cql_softmoe.open_dataset(args, envs)
+    with pytest.raises(ValueError) as other:
+        convert.main(convert.Args(tmp_path / "data", tmp_path / "converted"))
+    assert str(caught.value) == str(other.value)
+    assert not list(tmp_path.glob("replay_cache/*")) and not (tmp_path / "converted").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("changes, name", BAD.values(), ids=BAD)
+def test_training_and_conversion_refuse_the_same_segments(tmp_path, changes, name):
+    write_segments(tmp_path / "data", **changes)
+    assert refused_by_both(tmp_path).startswith(f"{tmp_path / 'data' / SECOND}: {name} ")
+
+
+OTHER_NAMES = {"overlap": "000000000018.npz", "contained": "000000000002.npz", "off the grid": "000000000021.npz"}
+
+
+@pytest.mark.parametrize("second", OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_segments_that_overlap_or_begin_off_the_grid_are_refused(tmp_path, second):
+    write_segments(tmp_path / "data", (FIRST, second))
+    assert refused_by_both(tmp_path) == f"{tmp_path / 'data' / second} must begin at a multiple of 2 from 20 on"
+
+
+# --------------------------------------------------------------------------------------- lost files and directories
+def test_a_checkpoint_without_a_configuration_is_left_alone(script, args, tmp_path, refused, monkeypatch):
+    script.main(args)
+    (tmp_path / "run" / "config.json").unlink()
+    before = files(tmp_path)
+    for resume in ("auto", str(tmp_path / "run")):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--resume", resume])
+        line = refused(script.main, replace(args, resume=resume, expert_hidden_dim=8))
+        assert str(tmp_path / "run" / "config.json") in line and files(tmp_path) == before
+    script.main(replace(args, resume=None, expert_hidden_dim=8))
+    assert {name: content for name, content in files(tmp_path).items() if name.startswith("run/")} == before
+    assert json.loads((tmp_path / "run-2" / "config.json").read_text())["args"]["expert_hidden_dim"] == 8
+
+
+def test_a_directory_that_somebody_removes_is_not_made_anew(script, args, tmp_path, monkeypatch, capsys):
+    learn, updates = script.Agent.learn, itertools.count(1)
+
+    def removed(agent):
+        if next(updates) == 3:
+            shutil.rmtree(tmp_path / "run")
+        return learn(agent)
+
+    monkeypatch.setattr(script.Agent, "learn", removed)
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    *warnings, line = (line for line in notes(capsys.readouterr().err) if not line.startswith("evaluating: "))
+    assert stop.value.code == 2 and line.startswith("error: ") and str(tmp_path / "run") in line
+    assert all(line.startswith("warning: ") for line in warnings) and list(tmp_path.iterdir()) == []
+
+
+LOSSES = {
+    "removed": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_text(""),
+    "without header": lambda path: path.write_text("".join(path.read_text().splitlines(True)[1:])),
+    "half": lambda path: path.write_text("".join(path.read_text().splitlines(True)[:2])),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_records_that_lost_rows_are_told_of_and_go_on_right(script, args, tmp_path, loss, capsys):
+    """The rows of later iterations are those of an unbroken run."""
+    run, names = tmp_path / "run", ["metrics.csv", "episodes.csv"][: 1 if script is cql_softmoe else 2]
+    script.main(longer(args, 3))
+    unbroken = later_rows(run)
+    shutil.rmtree(run)
+    script.main(args)
+    for name in names:
+        loss(run / name)
+    capsys.readouterr()
+    script.main(longer(args, 3))
+    step = 4 if script is cql_softmoe else 128
+    lines = [line for line in notes(capsys.readouterr().err) if not line.startswith("evaluating: ")]
+    for name, line in zip(reversed(names), lines, strict=True):
+        assert line.startswith(f"warning: {run / name} has lost ") and f"up to step {step};" in line
+    assert later_rows(run) == unbroken and len(unbroken) == (1 if script is cql_softmoe else 3)
+
+
+def later_rows(run: Path) -> list[dict]:
+    """What the third iteration wrote, but for speeds."""
+    rows = read_csv(run / "metrics.csv") + (read_csv(run / "episodes.csv") if (run / "episodes.csv").exists() else [])
+    rows = [row for row in rows if int(row.get("updates", 0)) > 4 or int(row.get("global_step", 0)) > 128]
+    return [{key: row[key] for key in row if key not in ("sps", "ups")} for row in rows]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing gets to clean up."""
+
+
+def test_tensorboard_has_an_evaluation_once(script, args, tmp_path, monkeypatch):
+    """Although the run is killed after it, before the configuration says that it is finished, and evaluates again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def die(*_):
+        raise Killed
+
+    args = replace(args, checkpoint_every=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script, "finish", die)
+        script.main(args)
+    gc.collect()  # the lock
+    script.main(args)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("charts/eval_return")]
+    assert steps == ([2, 4] if script is cql_softmoe else [129])
+
+
+# ------------------------------------------------------------------------------------------------ two starts at once
+def another_is_faster(script, args, patch: pytest.MonkeyPatch) -> list[dict[str, bytes]]:
+    """Another start runs to its end before this one locks the directory; returns a list, later of what it left."""
+    left, lock_run = [], script.lock_run
+
+    def late(run_dir):
+        patch.setattr(script, "lock_run", lock_run)
+        script.main(args)
+        left.append(files(run_dir))
+        return lock_run(run_dir)
+
+    patch.setattr(script, "lock_run", late)
+    return left
+
+
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_a_run_that_another_start_made_meanwhile_is_left_alone(script, args, tmp_path, resume, monkeypatch, capsys):
+    """With `--resume auto` it is finished, else this one takes a name of its own."""
+    args = replace(args, resume=resume)
+    left = another_is_faster(script, args, monkeypatch)
+    script.main(args)
+    assert left == [files(tmp_path / "run")]
+    if resume:
+        assert f"{tmp_path / 'run'} is finished" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == ({"run"} if resume else {"run", "run-2"})
+    assert all((path / "weights.pt").exists() for path in tmp_path.iterdir())
+
+
+def test_a_start_while_another_run_is_at_work_takes_a_name_of_its_own(script, args, tmp_path, monkeypatch, refused):
+    args, learn, left = replace(args, resume=None), script.Agent.learn, []
+
+    def second(agent):
+        monkeypatch.setattr(script.Agent, "learn", learn)
+        before = (tmp_path / "run" / "config.json").read_bytes()
+        assert "in use by another process" in refused(script.main, replace(args, resume="auto"))
+        script.main(args)
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
+        left.append(files(tmp_path / "run-2"))
+        return learn(agent)
+
+    monkeypatch.setattr(script.Agent, "learn", second)
+    script.main(args)
+    assert left == [files(tmp_path / "run-2")] and (tmp_path / "run" / "weights.pt").exists()
+
+
+# -------------------------------------------------------------------------------------------------- nothing to draw
+class Short(PixelCatch):
+    """The first thirty episodes are cut after their first step, so that no transition of theirs can be drawn."""
+
+    def __init__(self, short: int = 30):
+        super().__init__()
+        self.short, self.count = short, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.count += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        frame, reward, terminated, _, info = super().step(action)
+        return frame, reward, terminated, self.count <= self.short, info
+
+
+gym.register("Short-v0", entry_point=Short)
+gym.register("AlwaysShort-v0", entry_point=Short, kwargs={"short": 10**9})
+
+
+@pytest.mark.parametrize("game, learns", [("Short-v0", True), ("AlwaysShort-v0", False)])
+def test_updates_wait_until_there_is_something_to_draw(agent, tmp_path, game, learns, monkeypatch):
+    """Learning would start after 40 steps, at the twentieth of 64 rounds."""
+    updates, update = [], agent.Agent.update
+    monkeypatch.setattr(agent.Agent, "update", lambda self, *batch: updates.append(batch) or update(self, *batch))
+    settings = {"env_id": game, "runs_dir": str(tmp_path), "run_name": "run", "batch_size": 4, "num_envs": 2}
+    args = agent.Args(**quick(**ONLINE | settings | {"n_step": 2, "checkpoint_every": 0}))
+    agent.main(args)
+    assert (0 < len(updates) < 11) if learns else updates == []
+    agent.main(replace(args, resume="auto", total_timesteps=192))  # and so does a resumed run
+    assert bool(updates) == learns
+
+
+# ---------------------------------------------------------------------------------- games of unequal lengths, rewards
+class Unequal(PixelCatch):
+    """Rewards of 3, 3, -3, 3, 3, -3, ...; the first game has 4 to 8 steps, by its seed, each later one 2 more."""
+
+    def reset(self, *, seed=None, options=None):
+        self.length, self.steps = self.length + 2 if seed is None else 4 + seed % 5, 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        return self._frame(), -3.0 if self.steps % 3 == 0 else 3.0, self.steps == self.length, False, {}
+
+
+def unequal_return(length: int) -> float:
+    return 3.0 * (length - 2 * (length // 3))
+
+
+gym.register("Unequal-v0", entry_point=Unequal)
+
+
+def evaluation_oracle(args, seed: int) -> list[float]:
+    """Raw returns, game by game; offline in the order in which they end."""
+    if not isinstance(args, cql_softmoe.Args):
+        return [unequal_return(4 + (seed + i) % 5) for i in range(args.eval_episodes)]
+    ended = []
+    for i in range(args.num_envs):
+        time, length = 0, 4 + (seed + i) % 5
+        while time * args.num_envs < args.eval_steps:
+            time += length
+            ended.append((time, i, unequal_return(length)))
+            length += 2
+    return [value for *_, value in sorted(ended)]
+
+
+def test_an_evaluation_of_games_of_unequal_lengths(script, args):
+    """Rewards after a game is over are the next game's."""
+    args = replace(args, env_id="Unequal-v0", **{"eval_steps": 70, "num_envs": 5} if script is cql_softmoe else {})
+    args = args if script is cql_softmoe else replace(args, eval_episodes=7)
+    q_network, stop = script.QNetwork(args, (4, 12, 12), 3), threading.Event()
+    envs = [script.Environments(args, args.num_envs)] if script is cql_softmoe else []
+    for seed in range(5):
+        expected = evaluation_oracle(args, seed)
+        assert script.evaluate(q_network, args, *envs, seed, stop) == expected and len(set(expected)) > 2
+
+
+def test_rewards_are_clipped_for_learning_and_raw_in_the_records(script, args, tmp_path, monkeypatch):
+    args, run, batches, update = replace(args, env_id="Unequal-v0"), tmp_path / "run", [], script.Agent.update
+    if script is cql_softmoe:  # which learns from what the others store
+        write_segments(tmp_path / "data", env_id="Unequal-v0")
+        args = replace(args, dataset_dir=str(tmp_path / "data"), cache_dir=None)
+    monkeypatch.setattr(script.Agent, "update", lambda self, *batch: batches.append(batch) or update(self, *batch))
+    args = replace(args, n_step=1)
+    script.main(args)
+    rewards = torch.cat([batch[2] for batch in batches])
+    assert set(rewards.tolist()) == ({1} if script is cql_softmoe else {-1, 1})
+    if script is cql_softmoe:
+        for row in read_csv(run / "metrics.csv"):
+            seed = script.reset_seed(args.seed, int(row["updates"]), evaluation=True)
+            assert float(row["mean_return"]) == pytest.approx(np.mean(evaluation_oracle(args, seed)), abs=1e-4)
+        return
+    episodes = read_csv(run / "episodes.csv")
+    assert all(float(row["episode_return"]) == unequal_return(int(row["episode_length"])) for row in episodes)
+    assert len({row["episode_length"] for row in episodes}) > 2
+    result = json.loads((run / "eval.json").read_text())
+    assert result["returns"] == evaluation_oracle(args, script.reset_seed(args.seed, 128, evaluation=True))
