@@ -9,10 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from runs import HELPERS, ROOT, checkpoint
+from runs import HELPERS, ROOT, checkpoint, wait_for
 
 FIGURE = ROOT / "scripts" / "figure.sh"
 FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 tokenize".split()
@@ -180,18 +179,20 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     (tmp_path / "any.list").write_text("true\ntrue\ntrue\necho another list > said\n")
     assert shell(*run, "--status", cwd=tmp_path).stdout == "1 done, 0 running, 0 failed, 3 to do\n"
     assert shell(*run, cwd=tmp_path).returncode == 0 and (tmp_path / "said").read_text() == "another list\n"
-    (tmp_path / "any.list").write_text("sleep 5\n")
+    (tmp_path / "any.list").write_text("touch begun; while [ ! -e over ]; do sleep 0.1; done\n")
     other = subprocess.Popen(run, cwd=tmp_path, env=os.environ | {"PATH": PATH}, stdout=subprocess.DEVNULL)
-    time.sleep(1)
+    wait_for((tmp_path / "begun").exists, "the first sweep's line")
     second = shell(*run, cwd=tmp_path)
     assert second.returncode == 2 and "another sweep" in second.stderr
+    (tmp_path / "over").touch()
     assert other.wait() == 0
 
 
 def test_each_slot_has_a_gpu_of_those_that_may_be_used(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
-    (tmp_path / "any.list").write_text("".join(f"echo $CUDA_VISIBLE_DEVICES > said{i}; sleep 3\n" for i in range(4)))
+    all_run = "while [ $(ls said? | wc -l) -lt 4 ]; do sleep 0.1; done"
+    (tmp_path / "any.list").write_text("".join(f"echo $CUDA_VISIBLE_DEVICES > said{i}; {all_run}\n" for i in range(4)))
     for given, expected, jobs in (("2,0", ["0", "0", "2", "2"], "2 at a time, 2 GPUs"), ("", [""] * 4, "0 GPUs")):
         settings = {"PATH": f"{tmp_path}:{PATH}", "CUDA_VISIBLE_DEVICES": given}
         command = [ROOT / "scripts" / "sweep.sh", tmp_path / "any.list"]
@@ -231,12 +232,10 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2, "two checkpoints")
     assert "2 running" in run("--status").stdout
     os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
-    stdout, stderr = started.communicate(timeout=60)
+    stdout, stderr = started.communicate(timeout=600)
     assert stderr == "2 runs are left\n"  # nothing of the shell's own on its jobs
     assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
     reached = [checkpoint(path)["progress"]["global_step"] for path in (tmp_path / "runs").iterdir()]
