@@ -1,7 +1,11 @@
-"""What the README says of flags, files, the layer and the console is what the code says and does."""
+"""What the four READMEs say of commands, flags, files, the layer and the console is what the code says and does."""
 
 import importlib
+import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -10,18 +14,63 @@ from runs import AGENTS, ROOT
 
 import moe_layers as moe
 
-README = (ROOT / "README.md").read_text()
+PATHS = [ROOT / folder / "README.md" for folder in ("", "scripts", "scripts/results", "tests")]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+README = TEXTS["README.md"]
 SCRIPTS = [*AGENTS, "cql_softmoe"]
+BASH = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+COMMANDS = {re.sub(r"\s+# .*", "", line).strip() for block in BASH for line in block.replace("\\\n", "").splitlines()}
+PAST = ("cleanrl/", "scripts/fig12_low_data.sh")  # of other repositories, and of the commits that records name
+COMMANDS = sorted(command for command in COMMANDS if not any(name in command for name in PAST))
+
+
+def words_of(command: str) -> list[str]:
+    """Its words, without variables before it and a file or command behind it."""
+    words = shlex.split(re.split(r" [>&|]+ ", command)[0])
+    return words[next(i for i, word in enumerate(words) if "=" not in word or word.startswith("-")) :]
+
+
+def agent_commands() -> list[list[str]]:
+    found = (words_of(command) for command in COMMANDS if "_softmoe.py" in command)
+    return [words[words.index("python", 1) :] if "scripts/doctor.py" in words else words for words in found]
+
+
+@pytest.mark.parametrize("words", agent_commands(), ids=" ".join)
+def test_every_command_of_an_agent_is_one_that_it_takes(words, monkeypatch):
+    script = importlib.import_module(words[1].removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", words[1:])
+    script.check_args(script.parse_args())
+
+
+def options(script):
+    """Flags of a file in scripts/: those that its text names, fields of its Options, and their opposites."""
+    text = script.read_text()
+    found = set(re.findall(r"--?[a-z][\w-]*", text))
+    found |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+):", text, re.MULTILINE)}
+    return found | {f"--no-{name[2:]}" for name in found}
+
+
+def test_every_option_of_a_script_exists():
+    commands = [words_of(command) for command in COMMANDS if "scripts/" in command]
+    assert len(commands) > 20
+    for words in commands:
+        script = next(word for word in words if word.startswith("scripts/"))
+        if words[0] not in ("pip", "sbatch") and "scripts/doctor.py" not in words:
+            given = {word for word in words if re.match("--?[a-z]", word)}
+            assert given <= options(ROOT / script), words
+
+
+def test_the_list_of_a_figure_is_checked_and_shown(tmp_path):
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
+    environment = os.environ | {"PATH": path, "GAMES": "Pong", "SEEDS": "1"}
+    command = f"scripts/figure.sh 12 > {tmp_path}/list && scripts/sweep.sh --dry-run {tmp_path}/list"
+    shown = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0 and shown.stdout.count("der_softmoe.py") == 6, shown.stderr
 
 
 def defaults(script):
     """Flag -> default as the README writes it."""
-    show = {
-        type(None): lambda _: "none",
-        bool: {True: "on", False: "off"}.get,
-        int: "{:,}".format,
-        float: "{:g}".format,
-    }
+    show = {type(None): lambda _: "none", int: "{:,}".format, float: "{:g}".format}
     args = importlib.import_module(script).Args()
     values = {f"--{f.name.replace('_', '-')}": getattr(args, f.name) for f in fields(args)}
     return {name: show.get(type(value), str)(value) for name, value in values.items()}
@@ -29,37 +78,36 @@ def defaults(script):
 
 def test_the_table_of_flags_has_their_defaults():
     rows = re.findall(r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|(.*?)\|", README, re.MULTILINE)
-    assert rows
+    assert len(rows) > 5
     for name, *cells in rows:
-        expected = [defaults(script)[name] for script in AGENTS]
-        shown = [cell.strip() for cell in cells]
-        shown = [cell or next(left for left in reversed(shown[: i + 1]) if left) for i, cell in enumerate(shown)]
-        assert shown == expected, name
+        assert [cell.strip() for cell in cells] == [defaults(script)[name] for script in AGENTS], name
 
 
-def test_every_flag_that_is_mentioned_exists():
-    known = {name for script in SCRIPTS for name in defaults(script)} | {"--help"}
-    known |= {f"--no-{name[2:]}" for script in SCRIPTS for name in defaults(script)}
-    for path in (ROOT / "scripts").glob("*.*"):
-        known |= set(re.findall(r"--[a-z][\w-]+", path.read_text()))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known
-
-
-def test_every_file_that_is_mentioned_exists():
-    files = r"\b(?:scripts/|tests/)?[\w]+\.(?:py|sh|sbatch|txt)\b|\b(?:scripts|tests)/[\w/]*(?:\.png)?"
-    names = re.findall(files, README)
-    missing = [name for name in names if not (ROOT / name).exists()]
-    assert not missing
+@pytest.mark.parametrize("name", TEXTS)
+def test_flags_and_files_that_are_mentioned_exist(name):
+    known = {flag for script in SCRIPTS for flag in defaults(script)} | {"--help"}
+    known |= {f"--no-{flag[2:]}" for flag in known}
+    known = known.union(*(options(path) for path in (ROOT / "scripts").glob("*.*")))
+    text = re.sub(r".*cleanrl/.*\n.*|.*fig12_low_data.*", "", TEXTS[name])
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= known | {"--array", "--gres", "--time", "--export"}
+    links = re.findall(r"\]\(([\w./]+)[)#]", text)
+    assert not [link for link in links if not ((ROOT / name).parent / link).exists()]
+    files = set(re.findall(r"(?<![\w/<.*-])(?:\w+/)*\w+\.(?:py|sh|sbatch)\b", text))
+    folders = [ROOT / folder for folder in ("", "scripts", "tests", "tests/helpers")]
+    assert {file for file in files if not any((folder / file).exists() for folder in folders)} <= {"accumulator.py"}
 
 
 def test_the_layer_in_the_readme_is_the_layer():
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "dispatch" in block)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     layer = moe.SoftMoE(num_tokens=7, token_dim=5, num_experts=3, hidden_dim=4)
     tokens = torch.randn(2, 7, 5)
     scope = {"torch": torch, "tokens": tokens, "phi": layer.phi, "B": 2, "E": 3, "S": layer.num_slots, "D": 5}
     scope |= {name: getattr(layer.experts, name) for name in ("w1", "b1", "w2", "b2")}
-    exec(code, scope)
+    exec(blocks[0], scope)
     torch.testing.assert_close(scope["tokens"], layer(tokens).tokens)
+    scope = {"C": 3, "h": 4, "w": 5, "feature_map": torch.randn(2, 3, 4, 5)}
+    exec(blocks[1], scope)
+    assert scope["features"].shape == (2, scope["num_features"]) and "router_entropy" in scope["statistics"]
 
 
 def test_the_start_block_in_the_readme_is_what_the_script_prints(tmp_path, monkeypatch, capsys):
