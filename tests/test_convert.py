@@ -1,19 +1,25 @@
 """`scripts/convert_dqn_replay.py`: both layouts against slow readers, the traps of the published one, damaged data."""
 
+import contextlib
 import gzip
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import ROOT, wait_for
+
+import cql_softmoe
 
 sys.path.append(str(ROOT / "scripts"))
 import convert_dqn_replay as convert
@@ -217,6 +223,31 @@ def test_metadata_is_kept(tmp_path, logs):
     assert json.loads((out / "metadata.json").read_text()) == expected
 
 
+@pytest.mark.parametrize("game, num_actions", [("MsPacman", 9), ("Seaquest", 18), ("NoSuchGame", None)])
+def test_the_number_of_actions_is_the_game_s_and_not_the_highest_seen(tmp_path, game, num_actions):
+    logs = tmp_path / game / "1" / "replay_logs"
+    logs.mkdir(parents=True)
+    Published().padding().play(9).save(logs, 0)  # actions 0 to 3
+    run(logs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text())["num_actions"] == num_actions
+
+
+def test_training_takes_data_of_an_unknown_number_of_actions(tmp_path, logs):
+    Published().padding().play(9).save(logs, 0)
+    (logs.parent / "metadata.json").write_text(json.dumps({"env_id": "Pong-v4", "num_actions": None}))
+    run(logs, tmp_path / "out")
+    args = cql_softmoe.Args(env_id="PongNoFrameskip-v4", dataset_dir=str(tmp_path / "out"))
+    highest = max(np.load(path)["action"].max() for path in (tmp_path / "out").glob("*.npz"))
+    for num_actions in (highest + 1, highest):  # those seen are a lower bound
+        envs = SimpleNamespace(frame_shape=SIZE, num_actions=num_actions)
+        if num_actions > highest:
+            assert cql_softmoe.open_dataset(args, envs)[1] == 1
+            shutil.rmtree(tmp_path / "replay_cache")
+        else:
+            with pytest.raises(ValueError, match="action has values"):
+                cql_softmoe.open_dataset(args, envs)
+
+
 # --------------------------------------------------------------------------------------------- the segments' layout
 METADATA = {
     "env_id": "PongNoFrameskip-v4",
@@ -392,6 +423,50 @@ def test_shards_that_do_not_belong_together(refused, tmp_path, logs):
     shutil.copytree(logs, tmp_path / "data" / "Pong" / "2" / "replay_logs")
     refused(tmp_path / "data", "2 logs", "Pong/1/replay_logs", "Pong/2/replay_logs")
     refused(tmp_path / "nowhere", "0 logs")
+
+
+@pytest.mark.parametrize("suffix, word", [("00", "twice"), (10**11, "too large"), (10**40, "too large")])
+def test_wrong_suffixes(refused, logs, suffix, word):
+    Published().padding().play(16).save(logs, 0)
+    Published().padding().play(16).save(logs, suffix)
+    refused(logs, word, str(int(suffix)))
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def socket_file(path: Path) -> None:
+    socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))  # long names are no addresses
+
+
+@pytest.mark.parametrize("make", [pipe, socket_file])
+@pytest.mark.parametrize("name", ["$store$_reward_ckpt.0.gz", "add_count_ckpt.0.gz", "000000000030.npz"])
+def test_what_is_no_file_is_refused_and_not_waited_for(refused, tmp_path, logs, name, make):
+    if name.endswith("npz"):
+        segments(tmp_path / "a")
+        path = tmp_path / "a" / name
+    else:
+        Published().padding().play(16).save(logs, 0)
+        path = logs / name
+    path.unlink()
+    make(path)
+    with deadline(20):
+        refused(path.parent, str(path), "no file")
+
+
+@contextlib.contextmanager
+def deadline(seconds: int):
+    """A TimeoutError in what takes longer."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 SEGMENT_WRONG = {

@@ -2,13 +2,16 @@
 
 Whatever it is, the last good checkpoint stays, files are whole or absent, and the run says what happened: on one line
 where the fault lies outside, with a traceback where it is a bug. Exit codes: 0 finished, 75 stopped by a signal, 2 for
-an error, 1 where the last checkpoint could not be written or for a bug.
+an error, 1 where the last checkpoint could not be written, 70 for a bug.
 """
 
 import errno
+import gc
+import importlib
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv, wait_for
+from runs import AGENTS, ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv, wait_for
 
 import dqn_softmoe
 import rainbow_softmoe
@@ -235,24 +238,142 @@ def test_nobody_reads_any_more(args, child):
     resumes(args, 404)
 
 
-# --------------------------------------------------------------------------------------------------- bugs, not faults
-BUGS = [("Environments", "recv", 90), ("Agent", "act", 90), ("Agent", "update", 40)]
+# --------------------------------------------------------------------------------------------- bugs, not faults; memory
+@pytest.fixture(params=[*AGENTS, "cql_softmoe"])
+def name(request) -> str:
+    return request.param
 
 
-@pytest.mark.parametrize("owner, name, call", BUGS)
-def test_a_bug_in_mid_run_has_a_traceback_and_leaves_the_last_checkpoint(args, child, owner, name, call):
-    """Steps after it may have been stored or learned from by half."""
-    bug = RuntimeError("CUDA error: an illegal memory access")
-    code, _, err = child(lambda: fails(getattr(dqn_softmoe, owner), name, [call], bug), checkpoint_every=200)
-    assert code == 1 and "Traceback" in err and str(bug) in err and "warning" not in err
-    resumes(replace(args, checkpoint_every=200), 200)
+@pytest.fixture
+def line(name, tmp_path) -> list[str]:
+    """The command line of a run in tmp_path / "run", of any script, with a checkpoint in its middle."""
+    words = f"{name}.py --env-id pixel_game:PixelCatch-v0 --no-cuda --encoder nature --num-experts 2 --run-name run"
+    words += f" --expert-hidden-dim 4 --batch-size 4 --runs-dir {tmp_path} --num-envs 2 --resume auto"
+    if name == "cql_softmoe":
+        arrays = {"frames": np.ones((1, 9, 12, 12), np.uint8), "action": np.ones((1, 9), np.int64)}
+        arrays |= {"reward": np.ones((1, 9), np.float32)}
+        (tmp_path / "data").mkdir()
+        ends = {end: np.zeros((1, 9), bool) for end in ("terminated", "truncated")}
+        np.savez(tmp_path / "data" / "000000000000.npz", **arrays | ends)
+        metadata = {"env_id": "pixel_game:PixelCatch-v0", "num_actions": 3, "num_envs": 1}
+        (tmp_path / "data" / "metadata.json").write_text(json.dumps(metadata))
+        words += f" --dataset-dir {tmp_path / 'data'} --total-updates 8 --checkpoint-every 4 --eval-steps 20"
+    else:
+        words += " --total-timesteps 120 --learning-starts 40 --checkpoint-every 60 --replay-ratio 0.1"
+        words += " --buffer-size 100 --eval-episodes 1"
+    return words.split()
 
 
-def test_a_bug_while_saving_is_no_full_disk(args, child):
-    bug = RuntimeError("CUDA error: device-side assert triggered")
-    code, _, err = child(lambda: fails(torch, "save", [2, 3], bug), checkpoint_every=200)
-    assert code == 1 and "Traceback" in err and str(bug) in err and "warning" not in err
-    resumes(replace(args, checkpoint_every=200), 200)
+@pytest.fixture
+def started(name, line, monkeypatch):
+    """The script as a module, and its arguments; points of the curves after 2 steps or updates."""
+    monkeypatch.setattr(sys, "argv", line)
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "LOG_EVERY", 2)
+    return script, script.parse_args()
+
+
+def fail_after_checkpoint(patch: pytest.MonkeyPatch, run: Path, owner, name: str, error: Exception) -> list[bytes]:
+    """Raise in the first call after there is a checkpoint; returns a list, later of its bytes."""
+    original, contents = getattr(owner, name), []
+
+    def fail(*arguments, **keywords):
+        if not (run / "checkpoint.pt").exists() or contents:
+            return original(*arguments, **keywords)
+        contents.append((run / "checkpoint.pt").read_bytes())
+        raise error
+
+    patch.setattr(owner, name, fail)
+    return contents
+
+
+MEMORY_ERRORS = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+MEMORY_ERRORS += [RuntimeError("could not create a primitive")]
+MEMORY_ERRORS += [RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=["empty", "cuda", "onednn", "allocator"])
+def test_memory_that_runs_out_while_training_is_one_line(started, tmp_path, error, monkeypatch, capsys):
+    """The last checkpoint stays: what is in memory may be half of an update."""
+    (script, args), run = started, tmp_path / "run"
+    contents = fail_after_checkpoint(monkeypatch, run, script.Agent, "update", error)
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    (found,) = notes(capsys.readouterr().err)
+    assert stop.value.code == 2 and found.strip() == f"error: out of memory. {error}".strip()
+    assert contents == [(run / "checkpoint.pt").read_bytes()]
+
+
+BUGS = [("Agent", "update"), ("Environments", "recv"), ("RunLog", "scalars")]
+
+
+@pytest.mark.parametrize("owner, method", BUGS)
+def test_a_bug_keeps_its_traceback_and_leaves_the_checkpoint_alone(started, tmp_path, owner, method, monkeypatch):
+    (script, args), run, bug = started, tmp_path / "run", RuntimeError("CUDA error: an illegal memory access")
+    contents = fail_after_checkpoint(monkeypatch, run, getattr(script, owner), method, bug)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        script.main(args)
+    assert contents == [(run / "checkpoint.pt").read_bytes()]
+
+
+@pytest.mark.parametrize("error", [FULL, BrokenPipeError(errno.EPIPE, "Broken pipe")], ids=["full disk", "closed pipe"])
+def test_a_log_that_cannot_be_written_costs_no_round(started, tmp_path, error, monkeypatch, capsys):
+    (script, args), run = started, tmp_path / "run"
+    contents = fail_after_checkpoint(monkeypatch, run, script.RunLog, "scalars", error)
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    (found,) = notes(capsys.readouterr().err)
+    assert stop.value.code == 2 and found == f"error: {type(error).__name__}: {error}" and len(contents) == 1
+    progress = checkpoint(run)["progress"]
+    assert progress.get("update", progress.get("global_step")) == (6 if "update" in progress else 62)
+    gc.collect()  # the lock
+    script.main(args)
+    assert json.loads((run / "config.json").read_text())["finished"] in (8, 120)
+
+
+def run_script(line: list[str], patch) -> None:
+    """As `python script.py ...` does."""
+    patch()
+    sys.argv = [str(ROOT / line[0]), *line[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def no_step(error: Exception, calls=(3,)):
+    return lambda: fails(torch.optim.Adam, "step", calls, error)
+
+
+def no_checkpoint() -> None:
+    fails(torch, "save", [2], FULL)  # the second checkpoint, which is the last
+
+
+EXITS = {  # patch, exit code, what stderr has
+    "finished": (lambda: None, 0, ""),
+    "a bug": (no_step(ZeroDivisionError("a bug")), 70, "ZeroDivisionError: a bug"),
+    "memory": (no_step(MemoryError()), 2, "error: out of memory."),
+    "the last checkpoint": (no_checkpoint, 1, "warning: the last good checkpoint stays"),
+    "a signal": (lambda: at_call(torch.optim.Adam, "step", [3], lambda: os.kill(os.getpid(), signal.SIGTERM)), 75, ""),
+}
+
+
+@pytest.mark.parametrize("patch, code, text", EXITS.values(), ids=EXITS)
+def test_exit_codes(line, tmp_path_factory, patch, code, text):
+    found, _, err = Child(tmp_path_factory.mktemp("child"), run_script, line, patch).wait()
+    assert found == code and text in err and ("Traceback" in err) == (code == 70), err
+
+
+def test_exit_code_of_a_wrong_argument(line, tmp_path_factory):
+    found, _, err = Child(tmp_path_factory.mktemp("child"), run_script, [*line, "--gamma", "2"], lambda: None).wait()
+    assert found == 2 and "--gamma" in error(err)
+
+
+def test_a_bug_while_saving_is_no_full_disk(args, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="device-side assert"):
+        patch.setattr(torch, "save", fail)
+        main(args)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists() and not list(tmp_path.rglob("*.tmp"))
 
 
 def poisoned(good: int) -> None:
