@@ -20,6 +20,7 @@ from runs import quick
 from test_networks import load_golden
 from torch import nn
 
+import cql_softmoe
 import der_softmoe
 import dqn_softmoe
 import rainbow_softmoe
@@ -565,10 +566,25 @@ BAD_SUPPORTS += [{name: value} for name in ("v_min", "v_max") for value in (math
 BAD_SUPPORTS += [{"v_min": 0.0, "v_max": 1e-46}, {"v_min": 1e8, "v_max": 1e8 + 1}, {"v_max": 1e39}]  # not in float32
 
 
+BAD_SUPPORTS += [{"v_min": 1e6, "v_max": 1e6 + 10}, {"v_min": -1e6 - 10, "v_max": -1e6}]  # atoms 3 steps apart
+GOOD_SUPPORTS = [(-10.0, 10.0, 1000), (-1e6, 1e6, 51), (0.0, 1e-3, 51), (990.0, 1000.0, 51), (-300.0, -20.0, 2)]
+
+
+@pytest.mark.parametrize("script", [rainbow_softmoe, der_softmoe, cql_softmoe])
 @pytest.mark.parametrize("overrides", BAD_SUPPORTS, ids=str)
-def test_supports_that_are_none_are_refused(overrides):
+def test_supports_that_are_none_are_refused(script, overrides):
     with pytest.raises(ValueError, match="--num-atoms" if "num_atoms" in overrides else "--v-m"):
-        rainbow_softmoe.check_args(Args(**overrides))
+        script.check_args(script.Args(**overrides))
+
+
+@pytest.mark.parametrize("script", [rainbow_softmoe, der_softmoe, cql_softmoe])
+@pytest.mark.parametrize("v_min, v_max, num_atoms", GOOD_SUPPORTS)
+def test_supports_that_float32_resolves_keep_the_mass(script, v_min, v_max, num_atoms):
+    script.check_args(script.Args(v_min=v_min, v_max=v_max, num_atoms=num_atoms))
+    support = torch.linspace(v_min, v_max, num_atoms)
+    probs = torch.full((1, num_atoms), 1 / num_atoms)
+    projected = script.project_distribution(0.99 * support[None] + 0.01 * support.mean(), probs, support)
+    assert projected.sum().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_atoms_are_refused_where_there_are_none(script):
