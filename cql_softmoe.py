@@ -1,14 +1,14 @@
 """Offline reinforcement learning on Atari: CQL and CQL+C51 with mixture-of-experts layers.
 
-    python dqn_softmoe.py --env-id BreakoutNoFrameskip-v4 --save-replay       # keeps its transitions
+    python dqn_softmoe.py --env-id BreakoutNoFrameskip-v4 --save-replay       # saves its transitions
     python cql_softmoe.py --env-id BreakoutNoFrameskip-v4 --dataset-dir runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1
 
 Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
-C51 or DQN with the regulariser of CQL (Kumar et al., 2020), its dense layer replaced by a Soft MoE over the tokens of
-the encoder's feature map. Needs `moe_layers.py` beside it and nothing else of this repository.
+C51 or DQN with the regulariser of CQL (Kumar et al., 2020). A Soft MoE over the tokens of the encoder's feature map
+replaces its dense layer. Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- Evaluation plays `--eval-steps` agent steps in ten games at once, each to the end of its last episode.
+- An evaluation plays `--eval-steps` agent steps in ten games in parallel, and the last episode of each to its end.
 - The last step of an episode that was cut is not learned from, and the steps before it bootstrap from its frame.
 """
 
@@ -60,12 +60,12 @@ class Args(moe.LayerArgs):
     total_updates: int = 12_500_000  # updates (paper: 200 iterations of 62,500)
     runs_dir: str = "runs"  # folder of run directories
     run_name: str | None = None  # name of the run directory (default: environment, agent, layer, experts, seed)
-    resume: str | None = None  # run directory to go on with; auto: this run's, if it was started and is not finished
+    resume: str | None = None  # directory of the run to continue; auto: this run's directory, if it exists
     checkpoint_every: int = 62_500  # updates between checkpoints (0: only at the end)
-    checkpoint_at_end: bool = True  # keep the last checkpoint of a finished run, so that it can go on
+    checkpoint_at_end: bool = True  # keep the last checkpoint of a finished run, so that it can be continued
     weights_every: int = 0  # updates between copies of the weights, weights/<update>.pt (0: only at the end)
     iteration_updates: int = 62_500  # updates per evaluation and row of metrics.csv (paper: 62,500)
-    eval_steps: int = 125_000  # agent steps of an evaluation, whose last episodes are played to their end (paper)
+    eval_steps: int = 125_000  # agent steps of an evaluation; last episodes are played to their end (paper: 125,000)
     cuda: bool = True  # run on the GPU where there is one
     compile: bool = True  # torch.compile drawing and the loss (GPU only)
     cuda_graphs: bool = True  # capture learning and evaluation in CUDA graphs (GPU only)
@@ -73,7 +73,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 10  # games that an evaluation plays at once
     sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 0  # a game starts with 0 to this - 1 no-op steps (paper: 0; DER: 30, 0 to 116 frames; Atari only)
+    noop_max: int = 0  # no-op steps that start a game: 0 to this - 1 (DER: 30, which is 0 to 116 frames; Atari only)
     terminal_on_life_loss: bool = False  # a lost life clears the stack in evaluation, as in such data (Atari only)
 
     # Network
@@ -82,8 +82,8 @@ class Args(moe.LayerArgs):
     impala_filter: int = 3  # kernel of Impala's convolutions (paper: 3; figure 18: 4, 6)
 
     # Data
-    data_fraction: float = 1.0  # first share of every segment that is used (paper: 0.05, 0.1, 0.5)
-    max_shards: int | None = None  # segments that are used, from the first (default: all)
+    data_fraction: float = 1.0  # share of every segment that is used, from its start (paper: 0.05, 0.1, 0.5)
+    max_shards: int | None = None  # number of segments that are used, from the first (default: all)
     cache_dir: str | None = None  # folder for the unpacked data (default: beside the data)
     batch_size: int = 32  # transitions per update (paper: 32)
     n_step: int | None = None  # steps of the return before bootstrapping (default, paper: CQL+C51 3, CQL 1)
@@ -115,7 +115,7 @@ class Args(moe.LayerArgs):
 
 # ------------------------------------------------------------------------------------------------------- networks
 class Conv2d(nn.Conv2d):
-    """Convolution as in Flax: SAME padding, the odd pixel after; zero biases, Xavier-uniform (LeCun-normal) weights."""
+    """Convolution as in Flax: SAME padding with the odd pixel at the end, zero biases, Xavier or LeCun weights."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, lecun: bool = False):
         super().__init__(in_channels, out_channels, kernel, stride)
@@ -128,7 +128,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
         pads = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size, kernel, stride in sizes]
-        if any(pad % 2 for pad in pads):  # the convolution itself can only pad both sides alike
+        if any(pad % 2 for pad in pads):  # F.conv2d pads both sides by the same amount
             x = F.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
         return F.conv2d(x, self.weight, self.bias, self.stride, [pad // 2 for pad in pads])
 
@@ -143,7 +143,7 @@ class ImpalaStack(nn.Module):
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
-        # Flax pads an even axis (0, 1), which is ceil_mode here, and an odd one (1, 1); never with a real value.
+        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). Padding is never the maximum.
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x = F.max_pool2d(self.conv0(x), 3, stride=2, padding=padding, ceil_mode=True)
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -165,30 +165,30 @@ def nature_cnn(channels: int, width: int) -> nn.Module:
 class QNetwork(nn.Module):
     """Encoder, tokens, mixture of experts (or a dense layer), head: dueling over atoms, or plain.
 
-    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`; without `distributional` N = 1, and they
-    are Q-values. As in the authors' code nothing stands between the experts' output tokens and the heads: no ReLU, no
-    residual, no norm. Without dueling `advantage` alone gives the logits.
+    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`; without `distributional`, N = 1 and
+    the logits are Q-values. As in the authors' code, there is no ReLU, residual connection or norm between the experts'
+    output tokens and the heads. Without dueling, `advantage` alone gives the logits.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
         encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
         make_encoder = functools.partial(encoder, width=args.encoder_width)
-        big = args.expert_variant == "big"  # the encoders are in the experts
+        big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
             shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, make_encoder=make_encoder)
-        self.tokenizer, self.moe, num_features = layer  # `moe` is any penultimate layer: published weights name it so
+        self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms)
         self.value = moe.linear(num_features, num_atoms) if args.distributional and args.dueling else None
         self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, num_atoms), persistent=False)  # (N,)
-        # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
+        # Channels last makes convolutions 1.7 times faster on a CPU, and PerConv tokens need no copy.
         self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
-        """What the head reads, (B, F), and the MoEOutput; None for a dense layer."""
+        """Return the features that the head reads, (B, F), and the MoEOutput (None for a dense layer)."""
         x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
         return moe.flatten_output(self.moe(self.tokenizer(self.encoder(x))))
 
@@ -210,21 +210,21 @@ class QNetwork(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- loss
 class Batch(NamedTuple):
-    """B transitions. The loss needs no more than `reward + discount * value(next_obs)`."""
+    """A batch of B transitions. The target of the loss is `reward + discount * value(next_obs)`."""
 
     obs: Tensor  # (B, stack, H, W) uint8
     action: Tensor  # (B,) int64
     reward: Tensor  # (B,) float32: n-step return within the episode
     discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
-    next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
+    next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; not used where terminated
     index: Tensor  # (B,) int64: place in the data
 
 
 def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tensor:
     """Project probs (B, N) at atoms (B, N) onto the evenly spaced support (N,) -> (B, N).
 
-    An atom's mass is shared by its two neighbours in the support, beyond the ends it goes to the end (Bellemare et al.,
-    2017, eq. 7). Dense, so deterministic on a GPU too.
+    An atom's mass is divided between its two neighbours in the support. Beyond the ends it goes to the end (Bellemare
+    et al., 2017, eq. 7). Nothing is scattered, so the result is deterministic on a GPU too.
     """
     spacing = (support[-1] - support[0]) / (support.numel() - 1)
     distance = (atoms.clamp(support[0], support[-1])[:, None] - support[:, None]).abs() / spacing  # (B, N, N)
@@ -250,7 +250,7 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     if args.distributional:
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
         target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
-        # Indexing, [rows, actions], would do as well, but sorts in its gradient.
+        # take_along_dim is used because the gradient of logits[rows, actions] sorts the indices.
         log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
         losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
     else:
@@ -269,17 +269,17 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 # ----------------------------------------------------------------------------------------------------------- data
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-BLOCK_SIZE = 1_024  # weights that are summed together: about the square root of 1M is fastest
+BLOCK_SIZE = 1_024  # weights per block sum; about the square root of the replay's size (1M) is the fastest
 
 
 class Dataset(nn.Module):
-    """Transitions on the disk, memory-mapped, or on the GPU; draws them exactly uniformly.
+    """Saved transitions, memory-mapped or on the GPU. Batches are drawn exactly uniformly.
 
-    `folder` has flat arrays, frames.npy and so on. Row r of environment i is at place r * N + i, so N places on is a
-    step later. Stacks and n-step windows are put together when a transition is drawn. Steps that are `drawable` have
-    weight 1, the others 0. What follows a `truncated` step is not in the data: it is never drawn, and windows that
-    reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so `sample` runs in CUDA
-    graphs.
+    `folder` has flat arrays: frames.npy and so on. Row r of environment i is at place r * N + i, so the next step of an
+    environment is N places later. Frame stacks and n-step windows are put together when a transition is drawn. Steps
+    that are `drawable` have weight 1, the others 0. The step after a `truncated` one is not in the data. A truncated
+    step is therefore never drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing
+    waits for the device, so that `sample` runs in CUDA graphs.
     """
 
     FIELDS = {"frames": "uint8", "action": "int64", "reward": "float32", "terminated": "bool", "truncated": "bool"}
@@ -304,7 +304,7 @@ class Dataset(nn.Module):
         return self.gather(self.find(draw * self.block_sums.sum()))
 
     def find(self, mass: Tensor) -> Tensor:
-        """Places (B,) at which the cumulative weight exceeds `mass` (B,): look up the block, then the place in it."""
+        """Return the places (B,) at which the cumulative weight exceeds `mass` (B,): the block, then the place."""
         ends = self.block_sums.cumsum(dim=0)  # (blocks,)
         block = torch.searchsorted(ends, mass, right=True)
         mass = mass - (ends - self.block_sums)[block]
@@ -312,11 +312,11 @@ class Dataset(nn.Module):
         return block * BLOCK_SIZE + inside[:, 0]
 
     def gather(self, index: Tensor) -> Batch:
-        """The transitions that start at places (B,)."""
+        """Return the transitions that start at places (B,)."""
         window = self.later(index[:, None], self.window_offsets)  # (B, n)
         terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
         ended = (terminated | truncated).long()
-        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
+        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before this step, and no cut at it
         reward = torch.where(taken, self.reward[window] * self.gammas[:-1], 0).sum(dim=1)
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
@@ -324,20 +324,20 @@ class Dataset(nn.Module):
         return Batch(obs, self.action[index], reward, discount, next_obs, index)
 
     def observation(self, index: Tensor) -> Tensor:
-        """Stacked frames (..., stack, H, W) that end at places (...)."""
+        """Return the stacks of frames (..., stack, H, W) that end at places (...)."""
         stack = self.later(index[..., None], self.stack_offsets)  # (..., stack)
         ended = (self.terminated[stack] | self.truncated[stack]).long()
-        forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # an end lies in between
+        forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # frames of an earlier episode
         stack = torch.where(forgotten, self.size, stack)  # the black frame
         return self.frames.index_select(0, stack.view(-1)).view(*stack.shape, *self.frames.shape[1:])
 
     def later(self, place: Tensor, steps: Tensor | int) -> Tensor:
-        """The same environments' places so many steps later."""
+        """Return the places of the same environments `steps` steps later."""
         return (place + steps * self.num_envs) % self.size
 
 
 def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
-    """Flat arrays of the data, unpacked once beside it into a folder named after what is used, and the data's N."""
+    """Unpack the data once, into a folder named after what is used. Returns the folder and the data's N."""
     root = Path(args.dataset_dir)
     name = "[0-9]" * 12 + ".npz"
     source = root if any(root.glob(name)) else root / "replay"
@@ -353,7 +353,7 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     cache = Path(args.cache_dir or source.parent / "replay_cache") / hashlib.md5(json.dumps(used).encode()).hexdigest()
     if not cache.exists():
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")  # several runs may start at once
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of this number
         temporary.mkdir(parents=True)
         try:
             unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
@@ -368,7 +368,7 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
 
 
 def checksums(folder: Path) -> dict[str, int]:
-    """CRC-32 of the arrays, which are read whole; they are mapped later, where damage would go unnoticed."""
+    """Return the CRC-32 of each array. Later they are only mapped, and damage would go unnoticed."""
     found = {}
     for path in sorted(folder.glob("*.npy")):
         with open(path, "rb") as file:
@@ -390,7 +390,7 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     for name, dtype in Dataset.FIELDS.items():
         arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
-    start, expected, end = 0, 0, 0  # place; agent steps that follow what is used, and the segment
+    start, expected, end = 0, 0, 0  # next place; agent step after the used part, and after the segment
     print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
     with contextlib.ExitStack() as stack:
         stop = stop_on_signals(stack)
@@ -399,7 +399,7 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
             places = slice(start, start + used * num_envs)
             for name, array in arrays.items():
                 array[places] = segment[name][:, :used].swapaxes(0, 1).reshape(-1, *array.shape[1:])
-            if int(path.stem) != expected:  # steps are missing: stacks lack frames, and what came before was cut
+            if int(path.stem) != expected:  # a gap: the next stacks lack frames, and the steps before it are cut
                 drawable[start : start + (STACK_SIZE - 1) * num_envs] = False
                 truncated[start - num_envs : start] = ~terminated[start - num_envs : start]
             start, expected = places.stop, int(path.stem) + used * num_envs
@@ -456,11 +456,11 @@ MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado 
 
 
 class Environments:
-    """N games side by side; the step that ends one returns the first frame of the next (Gymnasium's SAME_STEP).
+    """N games in parallel. The step that ends a game returns the first frame of the next (Gymnasium's SAME_STEP).
 
-    Atari runs in ale-py's C++ threads at the paper's settings: call `send`, do other work, call `recv`. Any other
-    Gymnasium id is made as it is. Raises ValueError where observations are not single uint8 frames or actions are not
-    Discrete.
+    Atari games run in ale-py's C++ threads with the paper's settings: call `send`, do other work, then call `recv`.
+    Other Gymnasium ids are made as they are. Raises ValueError if observations are not single uint8 frames or actions
+    are not Discrete.
     """
 
     def __init__(self, args: Args, num_envs: int):
@@ -475,7 +475,7 @@ class Environments:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = max(1, min(num_envs, cores - 1))  # ale-py's threads spin, so one core is left for the learner
             game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
-            # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
+            # ale-py draws 0 to noop_max - 1 no-op frames: here 0 to 4 * (args.noop_max - 1), four per agent step.
             game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
@@ -491,38 +491,38 @@ class Environments:
         self.life_loss = atari and args.terminal_on_life_loss
 
     def reset(self, seed: int) -> np.ndarray:
-        """Start a new game everywhere; returns the first frames (N, H, W)."""
+        """Start a new game in every environment and return the first frames (N, H, W)."""
         obs, info = self.envs.reset(seed=seed)
         self.lives = info.get("lives")
         return obs.reshape(-1, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
-        """Start a step with actions (N,). They must be in range, because ale-py hangs on one that is not."""
+        """Start a step with actions (N,). Every action must be in range: ale-py hangs on one that is not."""
         self.action = action
         if self.game:
             self.envs.send(action)
 
     def recv(self) -> tuple[np.ndarray, ...]:
-        """Wait for the step: next frame, raw reward, terminated, truncated, whether the game is over; all (N, ...).
+        """Wait for the step. Returns next frame, raw reward, terminated, truncated, game over, all (N, ...).
 
-        `terminated` and `truncated` are the learner's and never both set. A lost life may set `terminated` while the
-        game goes on.
+        `terminated` and `truncated` are those of the learner's episode and never both set. A lost life may set
+        `terminated` while the game goes on.
         """
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
-        if self.life_loss:  # after a game over `info` has the lives of the next game
+        if self.life_loss:  # after the end of a game, `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
 
 def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
-    """Environment seed after `global_step` agent steps of run `seed`; environment i adds i."""
+    """Return the seed of the games that start at `global_step` of run `seed`. Environment i adds i to it."""
     return int(np.random.SeedSequence([seed, global_step, evaluation]).generate_state(1)[0]) % 2**30
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place; `start` (N,) clears the stack before an episode."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, cleared first where `start` (N,) begins an episode."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -537,11 +537,11 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
 
 @torch.no_grad()
 def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
-    """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
+    """Push frames (N, H, W) to the stacks `obs` (N, 4, H, W) and return epsilon-greedy actions (N,)."""
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
 
 
-BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a file a line every 30 s
+BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, a line every 30 s
 
 
 def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, stop: threading.Event) -> list[float]:
@@ -578,12 +578,12 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
 
 # ---------------------------------------------------------------------------------------------------------- agent
 class CudaGraph:
-    """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
+    """Calls `function` as one CUDA graph, so that an update of many kernels costs one launch.
 
-    The first calls run eagerly (cuDNN picks its algorithms, torch.compile compiles), the next is captured, and each
-    call counts once: capturing does not execute. Inputs are host arrays, always of the same shapes and types; they
-    travel side by side in one copy from pinned memory. `function` must only use tensors that stay in place, and the
-    default generators for random numbers.
+    The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
+    replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
+    and types in every call, and one copy from pinned memory brings them to the device. `function` must only use
+    tensors that stay in place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -593,7 +593,7 @@ class CudaGraph:
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels read 16 bytes at a time
+            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels may read 16 bytes at a time
             self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
             self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
 
@@ -603,7 +603,7 @@ class CudaGraph:
 
             self.staged, self.inputs = views(self.pinned), views(self.buffer)
         if inputs:
-            self.copied.synchronize()  # the last call's copy still reads the pinned memory
+            self.copied.synchronize()  # the last call's copy may still read the pinned memory
             for staged, x in zip(self.staged, inputs, strict=True):
                 staged.copy_(x)
             self.buffer.copy_(self.pinned, non_blocking=True)
@@ -621,7 +621,7 @@ class CudaGraph:
 
 
 def open_device(args: Args) -> torch.device:
-    """The GPU, if it is wanted and works; ValueError where nothing can be compiled for it."""
+    """Return the GPU if `--cuda` is set and it works, else the CPU. ValueError if `--compile` lacks a compiler."""
     try:
         if not args.cuda:
             return torch.device("cpu")
@@ -632,15 +632,15 @@ def open_device(args: Args) -> torch.device:
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
         raise ValueError(f"--compile needs a C compiler, gcc or clang, and {headers}; --no-compile does without")
-    if torch.cuda.current_stream() == torch.cuda.default_stream():  # on which nothing can be captured
+    if torch.cuda.current_stream() == torch.cuda.default_stream():  # CUDA graphs cannot be captured on it
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it there
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX uses it on GPUs
     return torch.device("cuda")
 
 
 class Agent:
-    """Networks and optimizer of a run: all that its future depends on, beside the data."""
+    """The state of a run: networks and optimizer. The data never changes."""
 
     PARTS = ("q_network", "target_network", "optimizer")
 
@@ -665,14 +665,14 @@ class Agent:
         if place == device:
             self.data.sample = compile(self.data.sample, options={"fallback_random": True})  # draws in float64
         if graphs:
-            warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
+            warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
             if place == device:
                 self.learn = CudaGraph(self.learn)
             else:  # batches come from the host
                 self.update = CudaGraph(self.update)
 
     def learn(self) -> tuple:
-        """Draw a batch and update; returns the loss's metrics and MoEOutput."""
+        """Draw a batch and update on it. Returns the metrics and the MoEOutput of the loss."""
         return self.update(*self.data.sample(self.args.batch_size))
 
     def update(self, *batch: Tensor) -> tuple:
@@ -690,7 +690,7 @@ class Agent:
         torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])
 
     def save(self, path: Path, progress: dict) -> None:
-        """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
+        """Replace the checkpoint. Raises FloatingPointError if a weight is not finite."""
         if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
             raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
@@ -698,7 +698,7 @@ class Agent:
         write_file(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> dict:
-        """Restore what `save` wrote; returns its progress."""
+        """Restore what `save` wrote and return its progress."""
         state, capturable = read_file(path), self.optimizer.defaults["capturable"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
@@ -711,7 +711,7 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, and memory that ran out, are not bugs: they leave one line on stderr and exit code 2."""
+    """Turn errors of these kinds and out-of-memory errors, which are no bugs, into one line and exit code 2."""
     try:
         yield
     except Exception as error:
@@ -724,7 +724,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
             raise
         elif type(error) is not ValueError:
             text = f"{type(error).__name__}: {text}"
-        with contextlib.suppress(OSError):  # nobody may read stderr any more
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
@@ -733,9 +733,9 @@ TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continue
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """An event that SIGTERM, SIGINT, SIGHUP or SIGUSR1 sets, while the stack lasts; the same again ends the process."""
+    """Return an event that these signals set until `stack` closes. The same signal again ends the process."""
     stop = threading.Event()
-    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has two of them
+    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
         number = getattr(signal, name)
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
             old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
@@ -744,7 +744,7 @@ def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)`. The file gets its name when it is whole and on the disk, so a failure leaves the old one."""
+    """Call `write` with a temporary file and rename it when it is on the disk. A failure leaves the old file."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -752,14 +752,14 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save hides the system's own error, a full disk, in one of these
+    except RuntimeError as error:  # torch.save hides the system's error, such as a full disk, in it
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> dict:
-    """What `torch.save` wrote; ValueError where a byte of it changed, which a mapped load alone does not notice."""
+    """Load what `torch.save` wrote. ValueError if a byte has changed, which a mapped load does not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -780,7 +780,7 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 
 def check_args(args: Args) -> None:
-    """ValueError for arguments that cannot work or would silently do nothing; the rest is left to the libraries."""
+    """Raise ValueError for arguments that cannot work or would silently do nothing. Libraries check the rest."""
     sizes = (
         "total_updates iteration_updates eval_steps num_envs encoder_width batch_size n_step target_network_frequency"
     )
@@ -793,7 +793,7 @@ def check_args(args: Args) -> None:
     args.check_range("learning_rate adam_eps", 1e-30, 1e30)
     args.check_range("num_atoms", 2, 1_000)
     args.check_range("v_max", -1e30, 1e30)
-    # Atoms lie at least 1,000 steps of float32 apart.
+    # Neighbouring atoms must be at least 1,000 float32 steps apart.
     resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
     args.check_range("v_min", -1e30, args.v_max - resolved)
     args.check_effect("num_atoms v_min v_max double dueling", args.distributional, "--distributional")
@@ -802,16 +802,16 @@ def check_args(args: Args) -> None:
 
 
 def run_path(args: Args) -> Path:
-    """The directory that --resume names, or one named after environment, agent, layer, experts and seed."""
+    """Return the directory that --resume names, or one named after environment, agent, layer, experts, seed."""
     agent, env_id = "cql_c51" if args.distributional else "cql", re.sub("[/:]", "-", args.env_id)
     name = args.run_name or f"{env_id}__{agent}_{args.layer}{args.num_experts}__seed{args.seed}"
     return Path(args.runs_dir) / name if args.resume in (None, "auto") else Path(args.resume)
 
 
 def parse_args() -> Args:
-    """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
+    """Parse the command line. With --resume, flags that are not given keep the values of the resumed run."""
     quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
-    old = signal.signal(quiet, signal.SIG_DFL)  # `--help | head` ends without a word, as other commands do
+    old = signal.signal(quiet, signal.SIG_DFL)  # so that `--help | head` ends silently
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
     signal.signal(quiet, old)
     config = run_path(args) / "config.json"
@@ -820,14 +820,14 @@ def parse_args() -> Args:
     return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
 
 
-MAY_CHANGE = (  # when a run goes on
+MAY_CHANGE = (  # when a run is resumed
     "resume runs_dir run_name cuda compile cuda_graphs replay_device checkpoint_every checkpoint_at_end weights_every "
     "total_updates dataset_dir cache_dir"
 ).split()
 
 
 def lock_run(run_dir: Path) -> IO | None:
-    """Make the directory; an open file keeps other processes out of it while it lives. None where one is in it."""
+    """Make the directory and lock it while the returned file is open. None if another process has locked it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
     try:
@@ -836,13 +836,13 @@ def lock_run(run_dir: Path) -> IO | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-    except (OSError, ImportError) as error:  # a file system without such locks; Windows
+    except (OSError, ImportError) as error:  # a file system without locks, or Windows
         print(f"warning: nothing keeps a second process from {run_dir}: {error}", file=sys.stderr)
     return lock
 
 
 def open_run(args: Args) -> tuple[Path, dict, IO]:
-    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
+    """Return directory, config.json and lock of a new run, or of the one to resume. ValueError if that fails."""
     path = run_dir = run_path(args)
     for number in itertools.count(2):
         lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
@@ -863,9 +863,9 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
 
 
 def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
-    """A CSV file to append rows to, and its rows whose `column` is at most `step`; later rows are cut off.
+    """Open a CSV file to append rows. Returns it and its rows whose `column` is at most `step`; cuts off the others.
 
-    Warns where rows are missing of the `rows_then` that it had at that step.
+    Warns if fewer rows are left than the `rows_then` that the file had at that step.
     """
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
@@ -876,18 +876,18 @@ def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0
     write_file(
         path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
     )
-    return open(path, "a", buffering=1), rows  # a row is in the file at once
+    return open(path, "a", buffering=1), rows  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
-    """What an update returned, by TensorBoard tag; waits for the device once."""
+    """Convert what an update returned to floats, by TensorBoard tag. Waits for the device once."""
     values = {f"losses/{name}": value for name, value in metrics.items()}
     values |= {f"moe/{name}": value for name, value in moe.routing_stats(output).items()} if output else {}
     return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
 
 
 class RunLog:
-    """metrics.csv, TensorBoard and the progress bar. A resumed run cuts off what it will make again."""
+    """Writes metrics.csv, TensorBoard and the progress bar. Resuming cuts off rows after the checkpoint."""
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         update, then = progress["update"], progress.get("iterations", 0)
@@ -904,7 +904,7 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, update)
 
     def update(self, update: int, values: dict[str, float]) -> None:
-        """A point of every curve, from the last update. FloatingPointError where its loss is not finite."""
+        """Log the last update and show its loss. Raises FloatingPointError if the loss is not finite."""
         self.scalars(update, values | {"charts/ups": self.ups(update)})
         loss = values["losses/loss"]
         if not math.isfinite(loss):
@@ -912,13 +912,13 @@ class RunLog:
         self.bar.set_postfix_str(f"return {self.score}, loss {loss:.4f}", refresh=False)
 
     def iteration(self, update: int, ups: float, values: dict[str, float], returns: list[float]) -> None:
-        """The paper's score: mean raw return of the evaluation; the losses of the last update."""
+        """Write the paper's score, the mean raw return of the evaluation, and the losses of the last update."""
         number, self.evaluated = math.ceil(update / self.iteration_updates) - 1, update
         self.score, self.num_iterations = f"{np.mean(returns):.4f}", self.num_iterations + 1
         losses = ",".join(f"{values[f'losses/{name}']:.6g}" for name in ("td_loss", "cql_loss", "q_data", "q_greedy"))
         self.iterations.write(f"{number},{update},{len(returns)},{self.score},{losses},{ups:.1f}\n")
         self.scalars(update, {"charts/eval_return": np.mean(returns)})
-        self.started = update, time.monotonic()  # evaluation does not count as time of the updates
+        self.started = update, time.monotonic()  # the time of the evaluation does not count
 
     def ups(self, update: int) -> float:
         """Updates per second since the iteration began."""
@@ -930,7 +930,7 @@ class RunLog:
 
 
 def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str:
-    """What runs, for the console."""
+    """Return the text that says what runs, for the console."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
     data, threads = agent.data, f"CPU, {torch.get_num_threads()} threads"
     components = [f"CQL+C51, {args.num_atoms} atoms" if args.distributional else "CQL", f"{args.n_step}-step"]
@@ -952,12 +952,12 @@ LOG_EVERY = 250  # updates between TensorBoard points
 
 
 def due(every: int, update: int, args: Args) -> bool:
-    """Whether an update is a multiple of `every`, or the last one; never for 0."""
+    """Whether an update is a multiple of `every` or the last one. Never if `every` is 0."""
     return every > 0 and update > 0 and (update % every == 0 or update == args.total_updates)
 
 
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool:
-    """Save; False, after a warning, where the disk does not take it."""
+    """Save. Returns False, after a warning, if the file cannot be written."""
     try:
         agent.save(run_dir / "checkpoint.pt", progress | {"iterations": log.num_iterations})
     except OSError as error:
@@ -968,7 +968,7 @@ def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool
 
 
 def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, update: int) -> None:
-    """Say how the run ended, on the console, in config.json and by the exit code."""
+    """Report how the run ended: on the console, in config.json and by the exit code."""
     print(f"{update:,} updates done, in {run_dir}")
     if not saved:
         raise SystemExit(1)
@@ -985,7 +985,7 @@ def main(args: Args) -> None:
         check_args(args)
         torch.manual_seed(args.seed)
         envs = Environments(args, args.num_envs)
-        run_dir, config, lock = open_run(args)  # the lock goes when this function ends
+        run_dir, config, lock = open_run(args)  # the lock is released when this function ends
         if args.resume == "auto" and config["finished"] >= args.total_updates:
             print(f"{run_dir} is finished")
             return
@@ -995,7 +995,7 @@ def main(args: Args) -> None:
         if (run_dir / "checkpoint.pt").exists():
             progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
-            raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
+            raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to continue from")
         if progress["update"] > args.total_updates:
             raise ValueError(f"--total-updates {args.total_updates}: the run has done {progress['update']} already")
         if transitions != progress["transitions"]:
@@ -1052,6 +1052,6 @@ if __name__ == "__main__":
         args = parse_args()
     try:
         main(args)
-    except Exception:  # a bug: its traceback, and an exit code that means nothing else (EX_SOFTWARE of sysexits.h)
+    except Exception:  # a bug: print its traceback and exit with EX_SOFTWARE of sysexits.h
         traceback.print_exc()
         raise SystemExit(70) from None

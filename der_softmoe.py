@@ -9,13 +9,13 @@ episodes. DrQ(eps) is this script with `--no-distributional --no-noisy --no-prio
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
 Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- The one update per agent step runs while the environment emulates: its action was chosen before it.
-- A checkpoint cuts the running episodes because ale-py's vector environments cannot be saved; their returns are not
-  counted.
-- The last step of an episode is learned from and ends it; Dopamine's replay at 5873f54 ends it a step earlier. A
-  window that a cut shortens, by the frame limit or a checkpoint, bootstraps from its frame; that replay drops it.
-- Evaluation is without noise everywhere; the authors' experts stay noisy in it. The two heads draw their noise apart.
-- A prioritised batch has one draw from each of B equal shares of the sum, as in Schaul et al. (2016), not B free ones.
+- The one update per agent step runs while the environment emulates, after the action was chosen.
+- A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved. The returns of these
+  episodes are not counted.
+- The last step of an episode is learned from and ends it. Dopamine's replay at 5873f54 ends it a step earlier. A window
+  that is cut by the frame limit or a checkpoint bootstraps from the last frame. Dopamine's replay drops such windows.
+- There is no noise in evaluation; the authors' experts stay noisy there. The two heads draw noise independently.
+- A prioritised batch has one draw from each of B equal shares of the sum (Schaul et al., 2016), not B independent ones.
 """
 
 import contextlib
@@ -65,9 +65,9 @@ class Args(moe.LayerArgs):
     total_timesteps: int = 100_000  # agent steps; one is 4 frames (paper: 50M, which is 200M frames; DER: 100,000)
     runs_dir: str = "runs"  # folder of run directories
     run_name: str | None = None  # name of the run directory (default: environment, agent, layer, experts, seed)
-    resume: str | None = None  # run directory to go on with; auto: this run's, if it was started and is not finished
-    checkpoint_every: int = 50_000  # agent steps between checkpoints, which start new games (0: only at the end)
-    checkpoint_at_end: bool = True  # keep the last checkpoint of a finished run, so that it can go on
+    resume: str | None = None  # directory of the run to continue; auto: this run's directory, if it exists
+    checkpoint_every: int = 50_000  # agent steps between checkpoints; each starts new games (0: only at the end)
+    checkpoint_at_end: bool = True  # keep the last checkpoint of a finished run, so that it can be continued
     weights_every: int = 0  # agent steps between copies of the weights, weights/<step>.pt (0: only at the end)
     iteration_steps: int = 10_000  # agent steps per row of metrics.csv (paper: 250,000; DER: 10,000)
     eval_episodes: int = 100  # evaluation episodes at the end of training (DER: 100)
@@ -78,7 +78,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 1  # environments stepped in parallel; one round is `num_envs` agent steps
     sticky_actions: float = 0.0  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 30  # a game starts with 0 to this - 1 no-op steps (paper: 0; DER: 30, 0 to 116 frames; Atari only)
+    noop_max: int = 30  # no-op steps that start a game: 0 to this - 1 (DER: 30, which is 0 to 116 frames; Atari only)
     terminal_on_life_loss: bool = True  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
@@ -120,7 +120,7 @@ class Args(moe.LayerArgs):
 
 # ------------------------------------------------------------------------------------------------------- networks
 class Conv2d(nn.Conv2d):
-    """Convolution as in Flax: SAME padding, the odd pixel after; zero biases, Xavier-uniform (LeCun-normal) weights."""
+    """Convolution as in Flax: SAME padding with the odd pixel at the end, zero biases, Xavier or LeCun weights."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, lecun: bool = False):
         super().__init__(in_channels, out_channels, kernel, stride)
@@ -133,7 +133,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
         pads = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size, kernel, stride in sizes]
-        if any(pad % 2 for pad in pads):  # the convolution itself can only pad both sides alike
+        if any(pad % 2 for pad in pads):  # F.conv2d pads both sides by the same amount
             x = F.pad(x, (0, pads[1] % 2, 0, pads[0] % 2))
         return F.conv2d(x, self.weight, self.bias, self.stride, [pad // 2 for pad in pads])
 
@@ -148,7 +148,7 @@ class ImpalaStack(nn.Module):
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
-        # Flax pads an even axis (0, 1), which is ceil_mode here, and an odd one (1, 1); never with a real value.
+        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). Padding is never the maximum.
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x = F.max_pool2d(self.conv0(x), 3, stride=2, padding=padding, ceil_mode=True)
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -170,31 +170,31 @@ def nature_cnn(channels: int, width: int) -> nn.Module:
 class QNetwork(nn.Module):
     """Encoder, tokens, mixture of experts (or a dense layer), dueling heads over atoms.
 
-    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`; without `distributional` N = 1, and they
-    are Q-values. As in the authors' code nothing stands between the experts' output tokens and the heads: no ReLU, no
-    residual, no norm. Without dueling `advantage` alone gives the logits. Noise, a fresh draw per sample and forward,
-    in training mode only.
+    `forward(obs uint8 (B, 4, H, W)) -> (logits (B, A, N), MoEOutput or None)`; without `distributional`, N = 1 and
+    the logits are Q-values. As in the authors' code, there is no ReLU, residual connection or norm between the experts'
+    output tokens and the heads. Without dueling, `advantage` alone gives the logits. Noise is drawn for every sample in
+    every forward pass, in training mode only.
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
         encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
         make_encoder = functools.partial(encoder, width=args.encoder_width)
-        big = args.expert_variant == "big"  # the encoders are in the experts
+        big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
             shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, noisy=args.noisy, patch_dim=64, make_encoder=make_encoder)
-        self.tokenizer, self.moe, num_features = layer  # `moe` is any penultimate layer: published weights name it so
+        self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
         self.advantage = moe.linear(num_features, num_actions * num_atoms, noisy=args.noisy)
         self.value = moe.linear(num_features, num_atoms, noisy=args.noisy) if args.dueling else None
         self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, num_atoms), persistent=False)  # (N,)
-        # Channels last: 1.7 times faster convolutions on a CPU, and PerConv tokens without a copy.
+        # Channels last makes convolutions 1.7 times faster on a CPU, and PerConv tokens need no copy.
         self.encoder.to(memory_format=torch.channels_last)
 
     def features(self, obs: Tensor) -> tuple[Tensor, moe.MoEOutput | None]:
-        """What the head reads, (B, F), and the MoEOutput; None for a dense layer."""
+        """Return the features that the head reads, (B, F), and the MoEOutput (None for a dense layer)."""
         x = obs.to(dtype=next(self.parameters()).dtype, memory_format=torch.channels_last) / 255
         return moe.flatten_output(self.moe(self.tokenizer(self.encoder(x))))
 
@@ -216,13 +216,13 @@ class QNetwork(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- loss
 class Batch(NamedTuple):
-    """B transitions. The loss needs no more than `reward + discount * value(next_obs)`."""
+    """A batch of B transitions. The target of the loss is `reward + discount * value(next_obs)`."""
 
     obs: Tensor  # (B, stack, H, W) uint8
     action: Tensor  # (B,) int64
     reward: Tensor  # (B,) float32: n-step return within the episode
     discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
-    next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; any frames where terminated
+    next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; not used where terminated
     index: Tensor  # (B,) int64: place in the replay
     importance_weights: Tensor  # (B,) float32: 1 where the draw is uniform
 
@@ -230,8 +230,8 @@ class Batch(NamedTuple):
 def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tensor:
     """Project probs (B, N) at atoms (B, N) onto the evenly spaced support (N,) -> (B, N).
 
-    An atom's mass is shared by its two neighbours in the support, beyond the ends it goes to the end (Bellemare et al.,
-    2017, eq. 7). Dense, so deterministic on a GPU too.
+    An atom's mass is divided between its two neighbours in the support. Beyond the ends it goes to the end (Bellemare
+    et al., 2017, eq. 7). Nothing is scattered, so the result is deterministic on a GPU too.
     """
     spacing = (support[-1] - support[0]) / (support.numel() - 1)
     distance = (atoms.clamp(support[0], support[-1])[:, None] - support[:, None]).abs() / spacing  # (B, N, N)
@@ -252,7 +252,7 @@ def augment(obs: Tensor, padding: int = 4) -> Tensor:
 
 
 def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: Args) -> tuple:
-    """C51's loss; without `distributional` DQN's, as in DrQ(eps).
+    """C51's loss, or without `distributional` DQN's, as in DrQ(eps).
 
     C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017, algorithm
     1). DQN: Huber loss to `reward + discount * Q_target(next_obs, a)`. Returns the loss (0-D), weighted by the
@@ -270,7 +270,7 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     if args.distributional:
         atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
         target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
-        # Indexing, [rows, actions], would do as well, but sorts in its gradient.
+        # take_along_dim is used because the gradient of logits[rows, actions] sorts the indices.
         log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
         losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
     else:
@@ -286,18 +286,18 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 # --------------------------------------------------------------------------------------------------------- replay
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-BLOCK_SIZE = 1_024  # weights that are summed together: about the square root of 1M is fastest
+BLOCK_SIZE = 1_024  # weights per block sum; about the square root of the replay's size (1M) is the fastest
 
 
 class ReplayBuffer(nn.Module):
-    """The last steps of every environment in a ring of single frames; draws transitions exactly uniformly.
+    """Ring buffer of single frames that draws transitions exactly uniformly.
 
-    Row r of environment i is at place r * N + i of every array, so N places on is a step later. Stacks and n-step
-    windows are put together when a transition is drawn. It can be drawn from n steps after it was written, when its
-    window is there, until the oldest frame of its stack is overwritten: its `weight` is 1 then, else 0.
-    What follows a `truncated` step is not in the ring: it is never drawn, and windows that reach it bootstrap from its
-    frame. Shapes are fixed and nothing waits for the device, so `add` and `sample` run in CUDA graphs.
-    Raises ValueError where the ring is too small for one stack and window.
+    Row r of environment i is at place r * N + i of every array, so the next step of an environment is N places later.
+    Frame stacks and n-step windows are put together when a transition is drawn. A transition can be drawn from the
+    moment its n-step window is complete until the oldest frame of its stack is overwritten. Its `weight` is 1 in that
+    time and 0 otherwise. The step after a `truncated` one is not in the ring. A truncated step is therefore never
+    drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so
+    that `add` and `sample` run in CUDA graphs. Raises ValueError if the ring is too small for one stack and window.
     """
 
     FIELDS = ("frames", "action", "reward", "terminated", "truncated")
@@ -308,47 +308,47 @@ class ReplayBuffer(nn.Module):
         self.size = self.rows * num_envs
         if self.rows <= STACK_SIZE + n_step:
             raise ValueError(f"--buffer-size must be at least {(STACK_SIZE + n_step + 1) * num_envs}, not {capacity}")
-        # The last frame stays black, for those before a start. NumPy's zeros take memory only once they are written to.
+        # The last frame stays black and fills stacks at an episode's start. NumPy's zeros take no memory until written.
         self.frames = nn.Buffer(torch.from_numpy(np.zeros((self.size + 1, *frame_shape), np.uint8)))
         self.action = nn.Buffer(torch.zeros(self.size, dtype=torch.int64))
         self.reward = nn.Buffer(torch.zeros(self.size))
         self.terminated = nn.Buffer(torch.zeros(self.size, dtype=torch.bool))
-        self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # nothing is there yet
-        # Sums of float64 numbers are exact here: of ones, and of multiples of 2^-20.
+        self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # rows that are not written are not drawn
+        # Weights are ones or multiples of 2^-20, so that their float64 sums are exact.
         self.weight = nn.Buffer(torch.zeros(math.ceil(self.size / BLOCK_SIZE), BLOCK_SIZE, dtype=torch.float64))
         self.block_sums = nn.Buffer(self.weight.sum(dim=1), persistent=False)
         self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))
-        self.cursor = nn.Buffer(torch.zeros(1, dtype=torch.int64))  # rows ever written
+        self.cursor = nn.Buffer(torch.zeros(1, dtype=torch.int64))  # number of rows written so far
         self.env_offsets = nn.Buffer(torch.arange(num_envs), persistent=False)
         self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1), persistent=False)  # -3 .. 0
         self.window_offsets = nn.Buffer(torch.arange(n_step), persistent=False)  # 0 .. n-1
         self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]), persistent=False)  # (n+1,)
 
     def add(self, frame, action, reward, terminated, truncated) -> None:
-        """Append a row: the frames (N, H, W) that were seen, the actions (N,) chosen there, and what came of them."""
+        """Append a row: the frames (N, H, W), the actions (N,) chosen for them, and the outcome of these actions."""
         place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)
         for name, values in zip(self.FIELDS, (frame, action, reward, terminated, truncated), strict=True):
             buffer = self.get_buffer(name)
             buffer.index_copy_(0, place, torch.as_tensor(values, device=buffer.device).to(buffer.dtype))
-        complete = self.later(place, -len(self.window_offsets))  # their windows end here
-        expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks was here
+        complete = self.later(place, -len(self.window_offsets))  # their n-step windows end at this row
+        expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks is overwritten
         weight = ~self.truncated[complete] * self.new_weight
         self.set_weight(torch.cat([complete, expired]), torch.cat([weight, torch.zeros_like(weight)]))
         self.cursor.add_(1)
 
     def cut(self) -> None:
-        """End the running episodes: what follows the newest row will not be in the ring."""
+        """Truncate the running episodes at the newest row, because their next step will not be in the ring."""
         newest = (self.cursor - 1) % self.rows * self.num_envs + self.env_offsets  # (N,)
         self.truncated.index_copy_(0, newest, ~self.terminated[newest])
 
     def newest(self, rows: int) -> dict[str, np.ndarray]:
-        """Copies of the last rows, (N, rows, ...): an environment's frames side by side compress best."""
+        """Return copies of the last rows, (N, rows, ...). Frames of one environment side by side compress best."""
         row = (self.cursor - rows + torch.arange(rows, device=self.cursor.device)) % self.rows
         place = row * self.num_envs + self.env_offsets[:, None]  # (N, rows)
         return {name: self.get_buffer(name)[place].cpu().numpy() for name in self.FIELDS}
 
     def set_weight(self, place: Tensor, weight: Tensor) -> None:
-        """Write weights (k,) at places (k,), equal ones where a place repeats itself, and sum their blocks afresh."""
+        """Write weights (k,) at places (k,) and update their block sums. A repeated place must repeat its weight."""
         self.weight.view(-1).index_copy_(0, place, weight)
         block = place // BLOCK_SIZE
         self.block_sums.index_copy_(0, block, self.weight[block].sum(dim=1))
@@ -359,7 +359,7 @@ class ReplayBuffer(nn.Module):
         return self.gather(self.find(draw * self.block_sums.sum()))
 
     def find(self, mass: Tensor) -> Tensor:
-        """Places (B,) at which the cumulative weight exceeds `mass` (B,): look up the block, then the place in it."""
+        """Return the places (B,) at which the cumulative weight exceeds `mass` (B,): the block, then the place."""
         ends = self.block_sums.cumsum(dim=0)  # (blocks,)
         block = torch.searchsorted(ends, mass, right=True)
         mass = mass - (ends - self.block_sums)[block]
@@ -367,11 +367,11 @@ class ReplayBuffer(nn.Module):
         return block * BLOCK_SIZE + inside[:, 0]
 
     def gather(self, index: Tensor) -> Batch:
-        """The transitions that start at places (B,)."""
+        """Return the transitions that start at places (B,)."""
         window = self.later(index[:, None], self.window_offsets)  # (B, n)
         terminated, truncated = self.terminated[window], self.truncated[window]  # (B, n)
         ended = (terminated | truncated).long()
-        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before, no cut yet
+        taken = (ended.cumsum(dim=1) - ended == 0) & ~truncated  # no end before this step, and no cut at it
         reward = torch.where(taken, self.reward[window] * self.gammas[:-1], 0).sum(dim=1)
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
@@ -379,25 +379,25 @@ class ReplayBuffer(nn.Module):
         return Batch(obs, self.action[index], reward, discount, next_obs, index, torch.ones_like(reward))
 
     def observation(self, index: Tensor) -> Tensor:
-        """Stacked frames (..., stack, H, W) that end at places (...)."""
+        """Return the stacks of frames (..., stack, H, W) that end at places (...)."""
         stack = self.later(index[..., None], self.stack_offsets)  # (..., stack)
         ended = (self.terminated[stack] | self.truncated[stack]).long()
-        forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # an end lies in between
+        forgotten = ended.flip(-1).cumsum(dim=-1).flip(-1) - ended[..., -1:] > 0  # frames of an earlier episode
         stack = torch.where(forgotten, self.size, stack)  # the black frame
         return self.frames.index_select(0, stack.view(-1)).view(*stack.shape, *self.frames.shape[1:])
 
     def later(self, place: Tensor, steps: Tensor | int) -> Tensor:
-        """The same environments' places so many steps later."""
+        """Return the places of the same environments `steps` steps later."""
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was written, on the host; through NumPy, because torch.save would write a slice's whole storage."""
+        """Return the written rows, on the host. NumPy copies them, because torch.save would save a slice's storage."""
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name in super().state_dict():
             self.get_buffer(name)[: len(state[name])].copy_(state[name])
         self.block_sums.copy_(self.weight.sum(dim=1))
@@ -406,8 +406,8 @@ class ReplayBuffer(nn.Module):
 class PrioritizedReplayBuffer(ReplayBuffer):
     """Draws transitions in proportion to their weight, the square root of their last loss (Schaul et al., 2016).
 
-    New ones get the largest so far. As multiples of 2^-20 weights have exact float64 sums, in any order of addition: no
-    place without weight is ever drawn, on no device.
+    New transitions get the largest weight so far. Weights are multiples of 2^-20, so their float64 sums are exact in
+    any order of addition. A place of weight 0 is therefore never drawn, on any device.
     """
 
     def sample(self, batch_size: int) -> Batch:
@@ -417,15 +417,15 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """
         total, stratum = self.block_sums.sum(), torch.arange(batch_size, device=self.weight.device)
         draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
-        index = self.find((draw * (total / batch_size)).minimum(total * (1 - 2**-52)))  # rounding may reach the end
+        index = self.find((draw * (total / batch_size)).minimum(total * (1 - 2**-52)))  # rounding may reach the total
         weight = self.weight.view(-1)[index]
         return Batch(*self.gather(index)[:-1], (weight.min() / weight).sqrt().float())
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
-        """Set weights from losses (B,), before importance weights, of the batch with `index` (B,).
+        """Set the weights of places `index` (B,) from losses (B,), which have no importance weights in them.
 
-        Where one was drawn twice its larger loss counts; places that can no longer be drawn keep 0. A loss that is not
-        finite counts as none, so that the sums stay whole until the run stops for it.
+        A place that was drawn twice gets its larger loss. A place that can no longer be drawn keeps weight 0. A loss
+        that is not finite counts as 0, so that the sums stay finite until the run stops for it.
         """
         index, losses = index.to(self.weight.device), losses.detach().to(self.weight).nan_to_num(0.0, 0.0, 0.0)
         weight = ((losses.clamp(0, 2**20) + 1e-10).sqrt() * 2**20).ceil() / 2**20  # 1e-10 is Dopamine's
@@ -435,7 +435,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
 
 def free_memory() -> float:
-    """Bytes of host memory that are free in the system and in the cgroups of this job or container (Linux)."""
+    """Return the bytes of host memory that are free for this process: in the system and in its cgroups (Linux)."""
     v1, v2 = ("/memory", "memory.limit_in_bytes", "total_rss"), ("", "memory.max", "anon")
     with contextlib.suppress(OSError):  # not Linux
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -452,11 +452,12 @@ def free_memory() -> float:
 
 
 def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
-    """Where the replay goes: on the GPU if it fits, else in host memory; ValueError if in neither."""
+    """Return the device of the replay: the GPU if it fits there, else the CPU. ValueError if it fits nowhere."""
     need = args.buffer_size * (math.prod(frame_shape) + 8 + 4 + 2 + 8)  # frame, action, reward, ends, weight
     if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return device
-    if need > 0.9 * (free := free_memory()):  # the process itself needs some
+    need *= min(1, args.total_timesteps / args.buffer_size)  # host memory is only taken for rows that are written
+    if need > 0.9 * (free := free_memory()):  # the process itself needs memory too
         raise ValueError(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     return torch.device("cpu")
 
@@ -466,11 +467,11 @@ MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado 
 
 
 class Environments:
-    """N games side by side; the step that ends one returns the first frame of the next (Gymnasium's SAME_STEP).
+    """N games in parallel. The step that ends a game returns the first frame of the next (Gymnasium's SAME_STEP).
 
-    Atari runs in ale-py's C++ threads at the paper's settings: call `send`, do other work, call `recv`. Any other
-    Gymnasium id is made as it is. Raises ValueError where observations are not single uint8 frames or actions are not
-    Discrete.
+    Atari games run in ale-py's C++ threads with the paper's settings: call `send`, do other work, then call `recv`.
+    Other Gymnasium ids are made as they are. Raises ValueError if observations are not single uint8 frames or actions
+    are not Discrete.
     """
 
     def __init__(self, args: Args, num_envs: int):
@@ -485,7 +486,7 @@ class Environments:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = max(1, min(num_envs, cores - 1))  # ale-py's threads spin, so one core is left for the learner
             game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
-            # ale-py starts a game with 0 to this - 1 no-op frames, so with 0 to 4 * (args.noop_max - 1).
+            # ale-py draws 0 to noop_max - 1 no-op frames: here 0 to 4 * (args.noop_max - 1), four per agent step.
             game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
@@ -501,38 +502,38 @@ class Environments:
         self.life_loss = atari and args.terminal_on_life_loss
 
     def reset(self, seed: int) -> np.ndarray:
-        """Start a new game everywhere; returns the first frames (N, H, W)."""
+        """Start a new game in every environment and return the first frames (N, H, W)."""
         obs, info = self.envs.reset(seed=seed)
         self.lives = info.get("lives")
         return obs.reshape(-1, *self.frame_shape)
 
     def send(self, action: np.ndarray) -> None:
-        """Start a step with actions (N,). They must be in range, because ale-py hangs on one that is not."""
+        """Start a step with actions (N,). Every action must be in range: ale-py hangs on one that is not."""
         self.action = action
         if self.game:
             self.envs.send(action)
 
     def recv(self) -> tuple[np.ndarray, ...]:
-        """Wait for the step: next frame, raw reward, terminated, truncated, whether the game is over; all (N, ...).
+        """Wait for the step. Returns next frame, raw reward, terminated, truncated, game over, all (N, ...).
 
-        `terminated` and `truncated` are the learner's and never both set. A lost life may set `terminated` while the
-        game goes on.
+        `terminated` and `truncated` are those of the learner's episode and never both set. A lost life may set
+        `terminated` while the game goes on.
         """
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
-        if self.life_loss:  # after a game over `info` has the lives of the next game
+        if self.life_loss:  # after the end of a game, `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
 
 def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
-    """Environment seed after `global_step` agent steps of run `seed`; environment i adds i."""
+    """Return the seed of the games that start at `global_step` of run `seed`. Environment i adds i to it."""
     return int(np.random.SeedSequence([seed, global_step, evaluation]).generate_state(1)[0]) % 2**30
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place; `start` (N,) clears the stack before an episode."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, cleared first where `start` (N,) begins an episode."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -547,17 +548,17 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
 
 @torch.no_grad()
 def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
-    """Epsilon-greedy actions (N,) after frames (N, H, W) were pushed to the stacks `obs` (N, 4, H, W)."""
+    """Push frames (N, H, W) to the stacks `obs` (N, 4, H, W) and return epsilon-greedy actions (N,)."""
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
 
 
-BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a file a line every 30 s
+BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, a line every 30 s
 
 
 def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) -> list[float]:
-    """Raw returns of `eval_episodes` whole games side by side, at `eval_epsilon`, noise off.
+    """Return the raw returns of `eval_episodes` whole games, played in parallel at `eval_epsilon` without noise.
 
-    A game counts up to `MAX_EPISODE_STEPS`, or to a signal. Training's random state is left as it was.
+    A game is cut after `MAX_EPISODE_STEPS`. A signal ends the evaluation. Training's random state does not change.
     """
     N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
@@ -584,12 +585,12 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
 
 # ---------------------------------------------------------------------------------------------------------- agent
 class CudaGraph:
-    """Calls `function` as one CUDA graph: a launch-bound update costs one launch.
+    """Calls `function` as one CUDA graph, so that an update of many kernels costs one launch.
 
-    The first calls run eagerly (cuDNN picks its algorithms, torch.compile compiles), the next is captured, and each
-    call counts once: capturing does not execute. Inputs are host arrays, always of the same shapes and types; they
-    travel side by side in one copy from pinned memory. `function` must only use tensors that stay in place, and the
-    default generators for random numbers.
+    The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
+    replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
+    and types in every call, and one copy from pinned memory brings them to the device. `function` must only use
+    tensors that stay in place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -599,7 +600,7 @@ class CudaGraph:
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels read 16 bytes at a time
+            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels may read 16 bytes at a time
             self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
             self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
 
@@ -609,7 +610,7 @@ class CudaGraph:
 
             self.staged, self.inputs = views(self.pinned), views(self.buffer)
         if inputs:
-            self.copied.synchronize()  # the last call's copy still reads the pinned memory
+            self.copied.synchronize()  # the last call's copy may still read the pinned memory
             for staged, x in zip(self.staged, inputs, strict=True):
                 staged.copy_(x)
             self.buffer.copy_(self.pinned, non_blocking=True)
@@ -627,7 +628,7 @@ class CudaGraph:
 
 
 def open_device(args: Args) -> torch.device:
-    """The GPU, if it is wanted and works; ValueError where nothing can be compiled for it."""
+    """Return the GPU if `--cuda` is set and it works, else the CPU. ValueError if `--compile` lacks a compiler."""
     try:
         if not args.cuda:
             return torch.device("cpu")
@@ -638,15 +639,15 @@ def open_device(args: Args) -> torch.device:
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
         raise ValueError(f"--compile needs a C compiler, gcc or clang, and {headers}; --no-compile does without")
-    if torch.cuda.current_stream() == torch.cuda.default_stream():  # on which nothing can be captured
+    if torch.cuda.current_stream() == torch.cuda.default_stream():  # CUDA graphs cannot be captured on it
         torch.cuda.set_stream(torch.cuda.Stream())
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it there
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX uses it on GPUs
     return torch.device("cuda")
 
 
 class Agent:
-    """Networks, optimizer and replay of a run: all that its future depends on."""
+    """The state of a run: networks, optimizer and replay."""
 
     PARTS = ("q_network", "target_network", "optimizer", "replay")
 
@@ -668,21 +669,21 @@ class Agent:
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss, self.policy = compile(td_loss), compile(policy)
         if place == device:
-            # Draws in float64, as eager ones are; and no copies of the ring to the host for tuning how to write to it.
+            # Fallback random draws in float64, as eager code does. Autotuning would copy the whole ring to the host.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}
             for function in ("add", "sample"):
                 setattr(self.replay, function, compile(getattr(self.replay, function), options=options))
             if args.prioritized:
                 self.replay.update_priorities = compile(self.replay.update_priorities)
         if graphs:
-            warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs it uncaptured on purpose
-            names = ("store_and_choose", "learn") if place == device else ("choose", "update")  # else the host draws
+            warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
+            names = ("store_and_choose", "learn") if place == device else ("choose", "update")  # else on the host
             for name in names:
                 setattr(self, name, CudaGraph(getattr(self, name)))
 
     def act(self, frame: np.ndarray, epsilon: float) -> np.ndarray:
-        """Actions (N,) for the newest frames (N, H, W). First stores what `observe` was told of the last actions."""
-        if self.outcome is None:  # games start
+        """Store the outcome of the last actions, if any. Returns actions (N,) for the newest frames (N, H, W)."""
+        if self.outcome is None:  # new games have started
             action = self.choose(frame, np.ones(len(frame), bool), epsilon)
         else:
             action = self.store_and_choose(frame, *self.outcome, epsilon)
@@ -690,33 +691,33 @@ class Agent:
         return action.cpu().numpy()
 
     def observe(self, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:
-        """Keep what came of the last actions, all (N,), until the next call of `act` or `end_episodes`."""
+        """Keep the outcome of the last actions, all (N,), until the next call of `act` or `end_episodes`."""
         self.outcome = reward, terminated, truncated
 
     def end_episodes(self) -> None:
-        """Store what `observe` was told, and cut the running episodes in the replay: new games start after this."""
+        """Store the outcome of the last actions and truncate the running episodes, because new games will start."""
         if self.outcome is not None:
             self.store(*self.outcome)
             self.outcome = None
         self.replay.cut()
 
     def choose(self, frame, start, epsilon) -> Tensor:
-        """Actions (N,) on the device; `start` (N,) says where a frame begins an episode."""
+        """Return actions (N,) on the device. `start` (N,) says whether a frame is the first of its episode."""
         frame, start, epsilon = (torch.as_tensor(x, device=self.device) for x in (frame, start, epsilon))
         return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))
 
     def store(self, reward, terminated, truncated) -> None:
-        """Add a row to the replay: the newest frames, the last actions, and what came of them (N,)."""
+        """Add a row to the replay: the newest frames, the last actions and their outcome (N,)."""
         outcome = (torch.as_tensor(x, device=self.replay.cursor.device) for x in (reward, terminated, truncated))
         self.replay.add(self.obs[:, -1], self.action, *outcome)
 
     def store_and_choose(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
-        """`store`, then `choose`, in one CUDA graph: the frames travel to the device once."""
+        """Call `store` and `choose` in one CUDA graph, so that the inputs are copied to the device once."""
         self.store(reward, terminated, truncated)
         return self.choose(frame, terminated | truncated, epsilon)
 
     def learn(self) -> tuple:
-        """Draw a batch and update; returns the loss's metrics and MoEOutput."""
+        """Draw a batch and update on it. Returns the metrics and the MoEOutput of the loss."""
         batch = self.replay.sample(self.args.batch_size)
         metrics, output, losses = self.update(*batch)
         if self.args.prioritized:
@@ -738,7 +739,7 @@ class Agent:
         torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])
 
     def save(self, path: Path, progress: dict) -> None:
-        """Write a checkpoint in place of the last one. FloatingPointError where a weight is not finite."""
+        """Replace the checkpoint. Raises FloatingPointError if a weight is not finite."""
         if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
             raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
@@ -746,7 +747,7 @@ class Agent:
         write_file(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> dict:
-        """Restore what `save` wrote; returns its progress."""
+        """Restore what `save` wrote and return its progress."""
         state, capturable = read_file(path), self.optimizer.defaults["capturable"]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
@@ -759,7 +760,7 @@ class Agent:
 # ----------------------------------------------------------------------------------------------------------- runs
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, and memory that ran out, are not bugs: they leave one line on stderr and exit code 2."""
+    """Turn errors of these kinds and out-of-memory errors, which are no bugs, into one line and exit code 2."""
     try:
         yield
     except Exception as error:
@@ -772,7 +773,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
             raise
         elif type(error) is not ValueError:
             text = f"{type(error).__name__}: {text}"
-        with contextlib.suppress(OSError):  # nobody may read stderr any more
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
@@ -781,9 +782,9 @@ TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continue
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """An event that SIGTERM, SIGINT, SIGHUP or SIGUSR1 sets, while the stack lasts; the same again ends the process."""
+    """Return an event that these signals set until `stack` closes. The same signal again ends the process."""
     stop = threading.Event()
-    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has two of them
+    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
         number = getattr(signal, name)
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
             old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
@@ -792,7 +793,7 @@ def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)`. The file gets its name when it is whole and on the disk, so a failure leaves the old one."""
+    """Call `write` with a temporary file and rename it when it is on the disk. A failure leaves the old file."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -800,14 +801,14 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save hides the system's own error, a full disk, in one of these
+    except RuntimeError as error:  # torch.save hides the system's error, such as a full disk, in it
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> dict:
-    """What `torch.save` wrote; ValueError where a byte of it changed, which a mapped load alone does not notice."""
+    """Load what `torch.save` wrote. ValueError if a byte has changed, which a mapped load does not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -828,20 +829,20 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 
 def check_args(args: Args) -> None:
-    """ValueError for arguments that cannot work or would silently do nothing; the rest is left to the libraries."""
+    """Raise ValueError for arguments that cannot work or would silently do nothing. Libraries check the rest."""
     sizes = "total_timesteps iteration_steps num_envs encoder_width batch_size n_step target_network_frequency"
     args.check_range(f"{sizes} impala_filter", 1, 2**63 - 1)
     args.check_range("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1)
-    some = 2 * args.num_envs if args.checkpoint_every else 0  # some step is not cut
+    some = 2 * args.num_envs if args.checkpoint_every else 0  # so that not every step is cut
     args.check_range("checkpoint_every", some, 2**63 - 1)
-    args.check_range("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1)  # a transition can be drawn
+    args.check_range("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1)  # a transition is drawable
     args.check_range("noop_max", 0, 1_000)
     args.check_range("sticky_actions end_epsilon eval_epsilon gamma", 0, 1)
     args.check_range("learning_rate adam_eps", 1e-30, 1e30)
     args.check_range("replay_ratio", 1e-6, 100)
     args.check_range("num_atoms", 2, 1_000)
     args.check_range("v_max", -1e30, 1e30)
-    # Atoms lie at least 1,000 steps of float32 apart.
+    # Neighbouring atoms must be at least 1,000 float32 steps apart.
     resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
     args.check_range("v_min", -1e30, args.v_max - resolved)
     args.check_effect("num_atoms v_min v_max", args.distributional, "--distributional")
@@ -853,16 +854,16 @@ def check_args(args: Args) -> None:
 
 
 def run_path(args: Args) -> Path:
-    """The directory that --resume names, or one named after environment, agent, layer, experts and seed."""
+    """Return the directory that --resume names, or one named after environment, agent, layer, experts, seed."""
     agent, env_id = Path(__file__).stem.removesuffix("_softmoe"), re.sub("[/:]", "-", args.env_id)
     name = args.run_name or f"{env_id}__{agent}_{args.layer}{args.num_experts}__seed{args.seed}"
     return Path(args.runs_dir) / name if args.resume in (None, "auto") else Path(args.resume)
 
 
 def parse_args() -> Args:
-    """Command line to Args; with --resume, flags that are not given are those of the run to go on with."""
+    """Parse the command line. With --resume, flags that are not given keep the values of the resumed run."""
     quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
-    old = signal.signal(quiet, signal.SIG_DFL)  # `--help | head` ends without a word, as other commands do
+    old = signal.signal(quiet, signal.SIG_DFL)  # so that `--help | head` ends silently
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
     signal.signal(quiet, old)
     config = run_path(args) / "config.json"
@@ -871,14 +872,14 @@ def parse_args() -> Args:
     return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
 
 
-MAY_CHANGE = (  # when a run goes on
+MAY_CHANGE = (  # when a run is resumed
     "resume runs_dir run_name cuda compile cuda_graphs replay_device checkpoint_every checkpoint_at_end weights_every "
     "total_timesteps eval_episodes"
 ).split()
 
 
 def lock_run(run_dir: Path) -> IO | None:
-    """Make the directory; an open file keeps other processes out of it while it lives. None where one is in it."""
+    """Make the directory and lock it while the returned file is open. None if another process has locked it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = open(run_dir / "lock", "w")  # noqa: SIM115
     try:
@@ -887,13 +888,13 @@ def lock_run(run_dir: Path) -> IO | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-    except (OSError, ImportError) as error:  # a file system without such locks; Windows
+    except (OSError, ImportError) as error:  # a file system without locks, or Windows
         print(f"warning: nothing keeps a second process from {run_dir}: {error}", file=sys.stderr)
     return lock
 
 
 def open_run(args: Args) -> tuple[Path, dict, IO]:
-    """Directory, config.json and lock of a new run, or of the one to go on with; ValueError where that cannot be."""
+    """Return directory, config.json and lock of a new run, or of the one to resume. ValueError if that fails."""
     path = run_dir = run_path(args)
     for number in itertools.count(2):
         lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
@@ -913,14 +914,14 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     return run_dir, config | {"finished": saved["finished"]}, lock
 
 
-SEGMENT_STEPS = 50_000  # agent steps of a segment: 350 MB before it is compressed
+SEGMENT_STEPS = 50_000  # agent steps per segment: 350 MB before compression
 
 
 class ReplayLog:
-    """`replay/` of a run: what went through the ring, in segments that a thread compresses, and metadata.json.
+    """Writes the transitions of a run to `replay/`, in segments that a thread compresses, and metadata.json.
 
     `<first agent step>.npz` holds the ring's arrays, (N, rows, ...). Segments follow each other without a gap. A
-    resumed run deletes those that begin at or after its checkpoint and makes them again.
+    resumed run deletes the segments that begin at or after its checkpoint and writes them again.
     """
 
     def __init__(self, folder: Path, args: Args, envs: Environments, global_step: int):
@@ -936,7 +937,7 @@ class ReplayLog:
         write_json(folder / "metadata.json", metadata)
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Hand over the steps before `global_step` that are new; raises what went wrong with the segment before."""
+        """Start writing the new steps before `global_step`. Raises the error of the previous segment, if any."""
         self.wait()
         if global_step > self.written:
             arrays = replay.newest((global_step - self.written) // replay.num_envs)
@@ -945,15 +946,15 @@ class ReplayLog:
             self.pending = self.thread.submit(write_file, path, save)
 
     def wait(self) -> None:
-        """Return when the last segment is on the disk; raises what went wrong with it."""
+        """Wait until the last segment is on the disk. Raises its error, if any."""
         if self.pending:
             self.pending.result()
 
 
 def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
-    """A CSV file to append rows to, and its rows whose `column` is at most `step`; later rows are cut off.
+    """Open a CSV file to append rows. Returns it and its rows whose `column` is at most `step`; cuts off the others.
 
-    Warns where rows are missing of the `rows_then` that it had at that step.
+    Warns if fewer rows are left than the `rows_then` that the file had at that step.
     """
     lines = path.read_text().splitlines()[1:] if path.exists() else []
     rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
@@ -964,18 +965,18 @@ def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0
     write_file(
         path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
     )
-    return open(path, "a", buffering=1), rows  # a row is in the file at once
+    return open(path, "a", buffering=1), rows  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
-    """What an update returned, by TensorBoard tag; waits for the device once."""
+    """Convert what an update returned to floats, by TensorBoard tag. Waits for the device once."""
     values = {f"losses/{name}": value for name, value in metrics.items()}
     values |= {f"moe/{name}": value for name, value in moe.routing_stats(output).items()} if output else {}
     return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True)) if values else {}
 
 
 class RunLog:
-    """episodes.csv, metrics.csv, TensorBoard and the progress bar. A resumed run cuts off what it will make again."""
+    """Writes episodes.csv, metrics.csv and TensorBoard; shows progress. Resuming cuts rows after the checkpoint."""
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path, global_step = args, run_dir / "checkpoint.pt", progress["global_step"]
@@ -992,7 +993,7 @@ class RunLog:
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **BAR)
 
     def progress(self, global_step: int) -> dict:
-        """What a checkpoint keeps of the run: the step, and how many rows the files have."""
+        """Return what a checkpoint keeps of the log: the step and the number of rows in the files."""
         return {"global_step": global_step, "episodes": len(self.returns), "iterations": self.num_iterations}
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
@@ -1000,7 +1001,7 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, global_step)
 
     def new_games(self) -> None:
-        """The games start anew: the returns of those that were running do not count."""
+        """Start counting returns anew. Those of the games that were cut do not count."""
         self.running_return, self.running_length = np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, int)
 
     def round(self, global_step: int, reward: np.ndarray, over: np.ndarray) -> None:
@@ -1016,7 +1017,7 @@ class RunLog:
         self.bar.update(len(over))
 
     def update(self, global_step: int, epsilon: float, values: dict[str, float]) -> None:
-        """A point of every curve, from the last update. FloatingPointError where its loss is not finite."""
+        """Log the last update and show its loss. Raises FloatingPointError if the loss is not finite."""
         self.scalars(global_step, values | {"charts/epsilon": epsilon, "charts/sps": self.sps(global_step)})
         loss, recent = values.get("losses/loss", 0.0), self.returns[-100:]
         if not math.isfinite(loss):
@@ -1025,7 +1026,7 @@ class RunLog:
         self.bar.set_postfix_str(f"{recent}loss {loss:.4f}", refresh=False)
 
     def iteration(self, global_step: int) -> None:
-        """The paper's score: mean raw return of the training episodes that ended in the last `iteration_steps`."""
+        """Write the paper's score: mean raw return of the episodes that ended in the last `iteration_steps`."""
         returns, self.counted = self.returns[self.counted :], len(self.returns)
         number, mean = global_step // self.args.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
         self.iterations.write(f"{number},{global_step},{len(returns)},{mean},{self.sps(global_step):.1f}\n")
@@ -1043,7 +1044,7 @@ class RunLog:
 
 
 def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str:
-    """What runs, for the console."""
+    """Return the text that says what runs, for the console."""
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in agent.q_network.named_children()}
     frames, threads = agent.replay.frames, f"CPU, {torch.get_num_threads()} threads"
     components = [f"{args.num_atoms} atoms" if args.distributional else "Huber loss", f"{args.n_step}-step"]
@@ -1064,17 +1065,17 @@ LOG_EVERY = 1_000  # agent steps between TensorBoard points
 
 
 def due(every: int, step: int, round_steps: int) -> bool:
-    """Whether a multiple of `every` lies among the last `round_steps` steps; never for 0."""
+    """Whether one of the last `round_steps` steps is a multiple of `every`. Never if `every` is 0."""
     return every > 0 and step // every > (step - round_steps) // every
 
 
 def updates_until(step: int, args: Args) -> int:
-    """Updates that are due in the first `step` agent steps."""
+    """Number of updates that are due in the first `step` agent steps."""
     return int(max(step - args.learning_starts, 0) * args.replay_ratio)
 
 
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog | None, global_step: int) -> bool:
-    """Cut the running episodes and save; False, after a warning, where the disk does not take it."""
+    """Cut the running episodes and save. Returns False, after a warning, if the file cannot be written."""
     agent.end_episodes()
     try:
         if replay_log:
@@ -1089,7 +1090,7 @@ def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog |
 
 
 def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: threading.Event, global_step: int) -> None:
-    """After the last step: weights.pt, evaluation, eval.json."""
+    """Write weights.pt, evaluate, and write eval.json, after the last step."""
     write_weights(run_dir / "weights.pt", agent.q_network)
     seed = reset_seed(args.seed, global_step, evaluation=True)
     returns = evaluate(agent.q_network, args, seed, stop) if args.eval_episodes else []
@@ -1098,12 +1099,12 @@ def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: thr
         result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
         result |= {"global_step": global_step, "returns": returns}
         write_json(run_dir / "eval.json", result)
-        log.scalars(global_step + 1, {"charts/eval_return": mean})  # a resumed run purges what is after its checkpoint
+        log.scalars(global_step + 1, {"charts/eval_return": mean})  # one later: a resumed run purges it
         print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
 
 
 def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, global_step: int) -> None:
-    """Say how the run ended, on the console, in config.json and by the exit code."""
+    """Report how the run ended: on the console, in config.json and by the exit code."""
     print(f"{global_step:,} agent steps done, in {run_dir}")
     if not saved:
         raise SystemExit(1)
@@ -1120,7 +1121,7 @@ def main(args: Args) -> None:
         check_args(args)
         torch.manual_seed(args.seed)
         envs = Environments(args, args.num_envs)
-        run_dir, config, lock = open_run(args)  # the lock goes when this function ends
+        run_dir, config, lock = open_run(args)  # the lock is released when this function ends
         if args.resume == "auto" and config["finished"] >= args.total_timesteps:
             print(f"{run_dir} is finished")
             return
@@ -1128,7 +1129,7 @@ def main(args: Args) -> None:
         if (run_dir / "checkpoint.pt").exists():
             progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
-            raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to go on from")
+            raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to continue from")
         global_step = new_games_step = progress["global_step"]
         if global_step - args.total_timesteps >= args.num_envs:
             raise ValueError(f"--total-timesteps {args.total_timesteps}: the run has done {global_step} already")
@@ -1143,9 +1144,9 @@ def main(args: Args) -> None:
     with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
         stack.callback(log.close)
         stop = stop_on_signals(stack)
-        # A round acts, learns while the games emulate, and receives what came of the actions. The agent stores that
-        # when it acts next, because one CUDA graph does both. A checkpoint ends the running games: the next round
-        # starts new ones, with a seed that follows from the step, so that a resumed run equals an unbroken one.
+        # A round acts, learns while the games emulate, and receives the outcome of the actions. The agent stores the
+        # outcome when it acts next, because one CUDA graph does both. A checkpoint ends the running games. The next
+        # round starts new ones, with a seed that follows from the step, so that a resumed run equals an unbroken one.
         while global_step < args.total_timesteps and not stop.is_set():
             if global_step == new_games_step:
                 frame = envs.reset(reset_seed(args.seed, global_step))
@@ -1191,6 +1192,6 @@ if __name__ == "__main__":
         args = parse_args()
     try:
         main(args)
-    except Exception:  # a bug: its traceback, and an exit code that means nothing else (EX_SOFTWARE of sysexits.h)
+    except Exception:  # a bug: print its traceback and exit with EX_SOFTWARE of sysexits.h
         traceback.print_exc()
         raise SystemExit(70) from None

@@ -28,7 +28,7 @@ SIGMA_0 = 0.1  # initial scale of noisy weights (authors' code; Fortunato et al.
 
 
 class Routing(NamedTuple):
-    """Where tokens go and what comes back. Soft MoE: two softmaxes; Top-1: one-hot, times the gate for `combine`."""
+    """How tokens reach slots and come back. Soft MoE: two softmaxes. Top-1: one-hot, and for `combine` the gate."""
 
     dispatch_weights: Tensor  # (B, T, E, S): slot (e, s) reads this mixture of the tokens
     combine_weights: Tensor  # (B, T, E, S): token t reads this mixture of the slots' outputs
@@ -44,7 +44,7 @@ class MoEOutput(NamedTuple):
     hidden: Tensor  # (B, E, S, H): the experts' hidden activations, after the ReLU
 
     def detach(self) -> "MoEOutput":
-        """The same values without their gradients' graph."""
+        """Return the same values, detached from the graph."""
         return MoEOutput(self.tokens.detach(), Routing(*(x.detach() for x in self.routing)), self.hidden.detach())
 
 
@@ -52,7 +52,7 @@ class MoEOutput(NamedTuple):
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
-    """Fill with a normal of std 1/sqrt(fan_in), cut at two sigma and rescaled (Flax's default, `lecun_normal`)."""
+    """Fill with a normal of std 1/sqrt(fan_in) that is truncated at two sigma and rescaled (Flax's `lecun_normal`)."""
     std = fan_in**-0.5 / 0.87962566103423978  # the std of a unit normal truncated to [-2, 2]
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
@@ -85,7 +85,7 @@ def tokenize(features: Tensor, tokenization: str) -> Tensor:
 
 
 class ShuffledTokenizer(nn.Module):
-    """ "Shuffled" tokens: "PerConv" after all C*h*w features changed places, always in the same way (2410.01930).
+    """ "Shuffled" tokens: "PerConv" after one fixed permutation of all C*h*w features (2410.01930).
 
     (B, C, h, w) -> (B, h*w, C). The permutation is drawn at construction and is a buffer.
     """
@@ -183,7 +183,7 @@ class BigExperts(nn.Module):
         encoders, side = [make_encoder() for _ in range(num_experts)], math.isqrt(num_slots)
         parameters, _ = torch.func.stack_module_state(encoders)  # (E, ...) each
         self.encoders = nn.ParameterDict({name.replace(".", "-"): x.detach() for name, x in parameters.items()})
-        self.encoder, self.image = [encoders[0]], (side, side, token_dim)  # in a list: no part of this module
+        self.encoder, self.image = [encoders[0]], (side, side, token_dim)  # in a list, so that it is no submodule
         size = encoders[0](torch.zeros(1, token_dim, side, side)).numel()
         self.experts = Experts(num_experts, size, hidden_dim, out_dim=num_slots * token_dim, noisy=noisy)
 
@@ -295,8 +295,8 @@ class Top1MoE(nn.Module):
 
     `forward(tokens (B, T, D)) -> MoEOutput`. An expert takes at most S = ceil(T * capacity_factor / E) tokens of each
     sample, in token order; tokens beyond that are dropped (output 0). Outputs are scaled by the gate probability.
-    `router_noise_std` adds Gaussian noise to the logits in training mode (the authors use 1/E, off by default, and
-    then in evaluation too). Slots that no token fills read zeros.
+    `router_noise_std` adds Gaussian noise to the logits in training mode. In the authors' code it is off by default; if
+    on, it is 1/E, and on in evaluation too. Slots that no token fills read zeros.
     Raises ValueError for sizes below 1, `capacity_factor` <= 0, negative noise, or tokens of another shape.
     Parameters: router.weight (E, D), experts.{w1, b1, w2, b2}. Source: authors' moe.py and routers.py.
     """
@@ -344,7 +344,7 @@ class Top1MoE(nn.Module):
 class ExpertChoiceMoE(Top1MoE):
     """Sparse mixture of experts in which each expert takes the S tokens that it is most probable for (2202.09368).
 
-    All as in `Top1MoE`, but that a token may go to several experts, or to none, that there is no noise, and S <= T.
+    It differs from `Top1MoE` in three ways: a token may go to several experts or to none, without noise, and S <= T.
     """
 
     def route(self, tokens: Tensor) -> Routing:
@@ -368,7 +368,7 @@ class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise, a fresh draw per sample (Fortunato et al., 2018; NoisyNets).
 
     `forward(x (B, in) or (B, T, in)) -> (..., out)`: x W + b + ((x * p) W_sigma + b_sigma) * q with p, q = f(N(0, 1)),
-    two matrix products instead of B noisy matrices. Silent in eval(). Raises ValueError for sizes below 1.
+    two matrix products instead of B noisy matrices. No noise in eval(). Raises ValueError for sizes below 1.
     Means start at U(-1/sqrt(in), 1/sqrt(in)), sigmas at sigma_0/sqrt(in) (authors: sigma_0 = 0.1).
     """
 
@@ -385,7 +385,7 @@ class NoisyLinear(nn.Module):
         mean = F.linear(x, self.weight, self.bias)  # (B, out)
         if not self.training:
             return mean
-        draws = len(x), *[1] * (x.dim() - 2)  # the tokens of a sample share theirs
+        draws = len(x), *[1] * (x.dim() - 2)  # the tokens of a sample share one draw
         p = signed_sqrt(torch.randn(*draws, x.shape[-1], device=x.device, dtype=x.dtype))
         q = signed_sqrt(torch.randn(*draws, mean.shape[-1], device=x.device, dtype=x.dtype))
         return mean + F.linear(x * p, self.weight_sigma, self.bias_sigma) * q
@@ -418,7 +418,7 @@ class DenseLayer(nn.Module):
 
 
 class TokenizedLayer(DenseLayer):
-    """The same layer on every token, summed: (B, T, D) -> (B, hidden_dim) (Don't flatten, tokenize!, 2410.01930)."""
+    """A `DenseLayer` on every token, summed over tokens: (B, T, D) -> (B, hidden_dim) (2410.01930)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.relu(self.linear(tokens)).sum(dim=1)
@@ -471,9 +471,9 @@ def entropy_loss(router_probs: Tensor) -> Tensor:
 def routing_stats(output: MoEOutput) -> dict[str, Tensor]:
     """Statistics of one forward pass as 0-D tensors, for logging.
 
-    `router_entropy`: of a token's distribution over experts, over log E, so in [0, 1]. `expert_load/i`: share of the
+    `router_entropy`: entropy of a token's distribution over experts, divided by log E. `expert_load/i`: share of the
     tokens that expert i processes (Soft MoE: its share of the combine weights). `dropped_fraction`: share of the
-    tokens that no expert took (always 0 in Soft MoE). `dormant_fraction`: as the function; with `/i` per expert.
+    tokens that no expert takes (Soft MoE: 0). `dormant_fraction`: see that function; with `/i`, of expert i.
     """
     E = output.hidden.shape[1]
     probs = output.routing.router_probs.float()  # (B, T, E)
@@ -538,20 +538,20 @@ class LayerArgs:
             self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else self.default_num_experts
 
     def check_range(self, names: str, low: float, high: float) -> None:
-        """ValueError for the first of the named flags whose value is not from `low` to `high`."""
+        """Raise ValueError for the first of the named flags whose value is not from `low` to `high`."""
         for name in names.split():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
 
     def check_effect(self, names: str, works: bool, needs: str) -> None:
-        """ValueError for the first of the named flags that was given although it does nothing, unless `works`."""
+        """Raise ValueError for the first of the named flags that was changed without effect, unless `works`."""
         for name in names.split():
             if not works and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect here: it needs {needs}")
 
     def check_layer(self) -> None:
-        """ValueError for flags of the layer that cannot work, or that do nothing."""
+        """Raise ValueError for flags of the layer that cannot work or have no effect."""
         self.check_range("num_experts expert_hidden_dim", 1, 2**63 - 1)
         self.check_range("capacity_factor importance_weight load_weight", 1e-30, 1e30)
         self.check_effect("tokenization", self.layer not in ("dense", "gap"), "tokens, not --layer dense or gap")
@@ -573,9 +573,9 @@ def build_layer(
 ) -> tuple[Callable[[Tensor], Tensor], nn.Module, int]:
     """Make the tokenizer and the layer that `args` describe, for feature maps of `shape` (C, h, w).
 
-    Returns both, and the number F of features that `flatten_output` makes of the layer's output: with them,
-    `flatten_output(layer(tokenizer(features)))` turns (B, C, h, w) into (B, F). `patch_dim` is the token dim of
-    "PerPatch" (default: C). `make_encoder(in_channels)` gives the encoder of each expert of the "big" variant.
+    Returns the tokenizer, the layer, and the number F of features that `flatten_output` gives:
+    `flatten_output(layer(tokenizer(features)))` turns (B, C, h, w) into (B, F), and a MoEOutput. `patch_dim` is the
+    token dim of "PerPatch" (default: C). `make_encoder(in_channels)` makes the encoder of an expert ("big" variant).
     Raises ValueError where the layer does not fit the feature map.
     """
     tokenization = {"dense": "PerSamp", "gap": "Average"}.get(args.layer, args.tokenization)
@@ -605,5 +605,5 @@ def build_layer(
 
 
 def flatten_output(output: Tensor | MoEOutput) -> tuple[Tensor, MoEOutput | None]:
-    """What the head reads, (B, F): the tokens of a mixture row-major, or a dense layer's output; and the MoEOutput."""
+    """Return the features for the head, (B, F), and the MoEOutput. Tokens are flattened row-major."""
     return (output, None) if isinstance(output, Tensor) else (output.tokens.flatten(1), output)

@@ -457,7 +457,7 @@ def test_a_buffer_that_memory_does_not_hold_is_refused_before_it_is_taken(args, 
     fake_system(monkeypatch, MEMORY["v2, its parent's"][0])
     monkeypatch.setattr(dqn_softmoe, "ReplayBuffer", None)
     with pytest.raises(SystemExit) as stop:
-        main(replace(args, env_id="ALE/Breakout-v5", buffer_size=200_000))
+        main(replace(args, env_id="ALE/Breakout-v5", buffer_size=200_000, total_timesteps=200_000))
     line = error(capsys.readouterr().err)
     assert stop.value.code == 2 and "--buffer-size 200000" in line and "1.42 GB" in line and "1.00 GB" in line
     assert not (tmp_path / "run" / "config.json").exists()

@@ -12,10 +12,10 @@ from runs import ROOT
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
     "moe_layers.py": 580,
-    "dqn_softmoe.py": 1_030,
+    "dqn_softmoe.py": 1_035,
     "rainbow_softmoe.py": 1_130,
     "der_softmoe.py": 1_140,
-    "cql_softmoe.py": 1_005,
+    "cql_softmoe.py": 1_010,
     "longest function": 40,
     "main": 75,
     "dqn_softmoe.py -> rainbow_softmoe.py": 200,
