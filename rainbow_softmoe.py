@@ -437,10 +437,11 @@ def free_memory() -> float:
 
 def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
     """Return the device of the replay: the GPU if it fits there, else the CPU. ValueError if it fits nowhere."""
-    need = args.buffer_size * (math.prod(frame_shape) + 8 + 4 + 2 + 8)  # frame, action, reward, ends, weight
-    if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
+    step = math.prod(frame_shape) + 8 + 4 + 2 + 8  # bytes of frame, action, reward, ends, weight
+    on_gpu = device.type == "cuda" and args.replay_device == "auto"
+    if on_gpu and args.buffer_size * step < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return device
-    need *= min(1, args.total_timesteps / args.buffer_size)  # host memory is only taken for rows that are written
+    need = step * min(args.buffer_size, args.total_timesteps)  # host memory is only taken by rows that are written
     if need > 0.9 * (free := free_memory()):  # the process itself needs memory too
         raise ValueError(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     return torch.device("cpu")
