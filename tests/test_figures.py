@@ -556,7 +556,7 @@ def test_doctor_says_whether_a_command_will_run(tmp_path):
     done = run("doctor", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agent steps/s while learning" in done.stdout and list(tmp_path.iterdir()) == []
-    too_large = run("doctor", *command[:-2], str(10**12), cwd=tmp_path)
+    too_large = run("doctor", *command[:-2], str(10**12), "--total-timesteps", str(10**12), cwd=tmp_path)
     assert too_large.returncode == 1 and "NO  memory" in too_large.stdout
     for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
         assert run("doctor", *given).returncode == 2

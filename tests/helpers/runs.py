@@ -103,6 +103,7 @@ class Child:
     def call(self, function, *arguments) -> int:
         gc.freeze()  # what the parent left cannot be taken apart here: its threads are not
         tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and a killed child may hold it
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it; parsing that failed leaves it otherwise
         for number in (signal.SIGINT, signal.SIGHUP):  # which a shell in the background or nohup ignores
             signal.signal(number, signal.SIG_DFL)
         for number, path in enumerate(self.paths, start=1):
