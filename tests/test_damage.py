@@ -251,7 +251,7 @@ def test_a_directory_that_somebody_removes_is_not_made_anew(script, args, tmp_pa
     monkeypatch.setattr(script.Agent, "learn", removed)
     with pytest.raises(SystemExit) as stop:
         script.main(args)
-    *warnings, line = (line for line in notes(capsys.readouterr().err) if not line.startswith("evaluating: "))
+    *warnings, line = (line for line in notes(capsys.readouterr().err) if line.startswith(("warning: ", "error: ")))
     assert stop.value.code == 2 and line.startswith("error: ") and str(tmp_path / "run") in line
     assert all(line.startswith("warning: ") for line in warnings) and list(tmp_path.iterdir()) == []
 
@@ -279,7 +279,7 @@ def test_records_that_lost_rows_are_told_of_and_go_on_right(script, args, tmp_pa
             loss(run / name)
         capsys.readouterr()
         script.main(longer(args, 3))
-        lines = [line for line in notes(capsys.readouterr().err) if not line.startswith("evaluating: ")]
+        lines = [line for line in notes(capsys.readouterr().err) if line.startswith("warning: ")]
         for name, line in zip(reversed(names), lines, strict=True):
             assert line.startswith(f"warning: {run / name} has lost ") and f"up to step {step:,};" in line
         assert later_rows(run) == unbroken
