@@ -465,9 +465,11 @@ def deadline(seconds: int):
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 SEGMENT_WRONG = {
