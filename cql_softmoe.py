@@ -269,15 +269,14 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 # ----------------------------------------------------------------------------------------------------------- data
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-BLOCK_SIZE = 1_024  # weights per block sum; about the square root of the replay's size (1M) is the fastest
 
 
 class Dataset(nn.Module):
     """Saved transitions, memory-mapped or on the GPU. Batches are drawn exactly uniformly.
 
     `folder` has flat arrays: frames.npy and so on. Row r of environment i is at place r * N + i, so the next step of an
-    environment is N places later. Frame stacks and n-step windows are put together when a transition is drawn. Steps
-    that are `drawable` have weight 1, the others 0. The step after a `truncated` one is not in the data. A truncated
+    environment is N places later. Frame stacks and n-step windows are put together when a transition is drawn. Only
+    the places in `drawable` are drawn. The step after a `truncated` one is not in the data. A truncated
     step is therefore never drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing
     waits for the device, so that `sample` runs in CUDA graphs.
     """
@@ -291,25 +290,15 @@ class Dataset(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")))
         drawable = torch.from_numpy(np.load(folder / "drawable.npy"))
         self.num_envs, self.size = num_envs, len(drawable)
-        self.weight = nn.Buffer(torch.zeros(math.ceil(self.size / BLOCK_SIZE), BLOCK_SIZE, dtype=torch.float64))
-        self.weight.view(-1)[: self.size] = drawable
-        self.block_sums = nn.Buffer(self.weight.sum(dim=1))
+        self.drawable = nn.Buffer(drawable.nonzero()[:, 0])  # places
         self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1))  # -3 .. 0
         self.window_offsets = nn.Buffer(torch.arange(n_step))  # 0 .. n-1
         self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]))  # (n+1,)
 
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
-        draw = torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
-        return self.gather(self.find(draw * self.block_sums.sum()))
-
-    def find(self, mass: Tensor) -> Tensor:
-        """Return the places (B,) at which the cumulative weight exceeds `mass` (B,): the block, then the place."""
-        ends = self.block_sums.cumsum(dim=0)  # (blocks,)
-        block = torch.searchsorted(ends, mass, right=True)
-        mass = mass - (ends - self.block_sums)[block]
-        inside = torch.searchsorted(self.weight[block].cumsum(dim=1), mass[:, None], right=True)  # (B, 1)
-        return block * BLOCK_SIZE + inside[:, 0]
+        draw = torch.rand(batch_size, dtype=torch.float64, device=self.drawable.device)
+        return self.gather(self.drawable[(draw * len(self.drawable)).long()])
 
     def gather(self, index: Tensor) -> Batch:
         """Return the transitions that start at places (B,)."""
@@ -692,7 +681,7 @@ class Agent:
     def save(self, path: Path, progress: dict) -> None:
         """Replace the checkpoint. Raises FloatingPointError if a weight is not finite."""
         if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
-            raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
+            raise FloatingPointError(f"a weight is not finite; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
         state["random"] = [generator.get_state() for generator in self.generators]
         write_file(path, lambda file: torch.save(state, file))
@@ -862,21 +851,10 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     return run_dir, config | {"finished": saved["finished"]}, lock
 
 
-def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
-    """Open a CSV file to append rows. Returns it and its rows whose `column` is at most `step`; cuts off the others.
-
-    Warns if fewer rows are left than the `rows_then` that the file had at that step.
-    """
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
-    rows = [row for row in rows if int(row[column]) <= step]
-    if len(rows) < rows_then:
-        lost = f"{rows_then - len(rows)} of the {rows_then} rows up to step {step:,}"
-        print(f"warning: {path} has lost {lost}; it is whole from there on", file=sys.stderr)
-    write_file(
-        path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
-    )
-    return open(path, "a", buffering=1), rows  # line-buffered: a row is in the file at once
+def open_csv(path: Path, rows: list[str]) -> IO[str]:
+    """Write a CSV file anew with `rows`, and return it to append more."""
+    write_file(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+    return open(path, "a", buffering=1)  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
@@ -887,17 +865,24 @@ def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[
 
 
 class RunLog:
-    """Writes metrics.csv, TensorBoard and the progress bar. Resuming cuts off rows after the checkpoint."""
+    """Writes metrics.csv and TensorBoard, and shows progress. Checkpoints keep the rows of the file."""
+
+    HEADERS = {"metrics.csv": "iteration,updates,episodes,mean_return,td_loss,cql_loss,q_data,q_greedy,ups"}
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
-        update, then = progress["update"], progress.get("iterations", 0)
-        header = "iteration,updates,episodes,mean_return,td_loss,cql_loss,q_data,q_greedy,ups"
-        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, update, then)
-        self.num_iterations = len(rows)
-        self.evaluated, self.score = (int(rows[-1][1]), rows[-1][3]) if rows else (0, "-")
+        update = progress["update"]
+        self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
+        self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
+        last = ["0,0,0,-", *self.rows["metrics.csv"]][-1].split(",")
+        self.evaluated, self.score = int(last[1]), last[3]
         self.tensorboard, self.path = SummaryWriter(str(run_dir), purge_step=update + 1), run_dir / "checkpoint.pt"
         self.iteration_updates, self.started = args.iteration_updates, (update, time.monotonic())
         self.bar = tqdm(total=args.total_updates, initial=update, unit="update", unit_scale=True, **BAR)
+
+    def write(self, name: str, *values) -> None:
+        """Append a row to the file `name`."""
+        self.rows[name].append(",".join(map(str, values)))
+        self.files[name].write(f"{self.rows[name][-1]}\n")
 
     def scalars(self, update: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -914,9 +899,9 @@ class RunLog:
     def iteration(self, update: int, ups: float, values: dict[str, float], returns: list[float]) -> None:
         """Write the paper's score, the mean raw return of the evaluation, and the losses of the last update."""
         number, self.evaluated = math.ceil(update / self.iteration_updates) - 1, update
-        self.score, self.num_iterations = f"{np.mean(returns):.4f}", self.num_iterations + 1
-        losses = ",".join(f"{values[f'losses/{name}']:.6g}" for name in ("td_loss", "cql_loss", "q_data", "q_greedy"))
-        self.iterations.write(f"{number},{update},{len(returns)},{self.score},{losses},{ups:.1f}\n")
+        self.score = f"{np.mean(returns):.4f}"
+        losses = [f"{values[f'losses/{name}']:.6g}" for name in ("td_loss", "cql_loss", "q_data", "q_greedy")]
+        self.write("metrics.csv", number, update, len(returns), self.score, *losses, f"{ups:.1f}")
         self.scalars(update, {"charts/eval_return": np.mean(returns)})
         self.started = update, time.monotonic()  # the time of the evaluation does not count
 
@@ -925,7 +910,7 @@ class RunLog:
         return (update - self.started[0]) / (time.monotonic() - self.started[1])
 
     def close(self) -> None:
-        for part in (self.bar, self.tensorboard, self.iterations):
+        for part in (self.bar, self.tensorboard, *self.files.values()):
             part.close()
 
 
@@ -936,7 +921,7 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
     components = [f"CQL+C51, {args.num_atoms} atoms" if args.distributional else "CQL", f"{args.n_step}-step"]
     components += [name for name in ("double", "dueling") if args.distributional and getattr(args, name)]
     return f"""{Path(__file__).name}: {args.env_id}, seed {args.seed}
-  data         {int(data.weight.sum()):,} transitions of {args.dataset_dir}
+  data         {len(data.drawable):,} transitions of {args.dataset_dir}
                {data.frames.nbytes / 1e9:.2f} GB, {"on the GPU" if data.frames.is_cuda else "mapped from the disk"}
   evaluation   {args.num_envs} in parallel, {envs.num_actions} actions, {STACK_SIZE} frames of {envs.frame_shape}
   network      {args.encoder}, {args.layer}, {args.num_experts} x {args.expert_hidden_dim} hidden units
@@ -959,7 +944,7 @@ def due(every: int, update: int, args: Args) -> bool:
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool:
     """Save. Returns False, after a warning, if the file cannot be written."""
     try:
-        agent.save(run_dir / "checkpoint.pt", progress | {"iterations": log.num_iterations})
+        agent.save(run_dir / "checkpoint.pt", progress | {"rows": log.rows})
     except OSError as error:
         tqdm.write(f"warning: the last good checkpoint stays, not one of {progress['update']}: {error}", sys.stderr)
         return False
@@ -990,7 +975,7 @@ def main(args: Args) -> None:
             print(f"{run_dir} is finished")
             return
         agent = Agent(args, envs)
-        transitions = int(agent.data.weight.sum())
+        transitions = len(agent.data.drawable)
         progress = {"update": 0, "values": {}, "transitions": transitions}
         if (run_dir / "checkpoint.pt").exists():
             progress = agent.load(run_dir / "checkpoint.pt")

@@ -286,7 +286,6 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 # --------------------------------------------------------------------------------------------------------- replay
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-BLOCK_SIZE = 1_024  # weights per block sum; about the square root of the replay's size (1M) is the fastest
 
 
 class ReplayBuffer(nn.Module):
@@ -315,8 +314,7 @@ class ReplayBuffer(nn.Module):
         self.terminated = nn.Buffer(torch.zeros(self.size, dtype=torch.bool))
         self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # rows that are not written are not drawn
         # Weights are ones or multiples of 2^-20, so that their float64 sums are exact.
-        self.weight = nn.Buffer(torch.zeros(math.ceil(self.size / BLOCK_SIZE), BLOCK_SIZE, dtype=torch.float64))
-        self.block_sums = nn.Buffer(self.weight.sum(dim=1), persistent=False)
+        self.weight = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))
         self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))
         self.cursor = nn.Buffer(torch.zeros(1, dtype=torch.int64))  # number of rows written so far
         self.env_offsets = nn.Buffer(torch.arange(num_envs), persistent=False)
@@ -332,8 +330,8 @@ class ReplayBuffer(nn.Module):
             buffer.index_copy_(0, place, torch.as_tensor(values, device=buffer.device).to(buffer.dtype))
         complete = self.later(place, -len(self.window_offsets))  # their n-step windows end at this row
         expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks is overwritten
-        weight = ~self.truncated[complete] * self.new_weight
-        self.set_weight(torch.cat([complete, expired]), torch.cat([weight, torch.zeros_like(weight)]))
+        self.weight.index_copy_(0, complete, ~self.truncated[complete] * self.new_weight)
+        self.weight.index_fill_(0, expired, 0)
         self.cursor.add_(1)
 
     def cut(self) -> None:
@@ -347,24 +345,11 @@ class ReplayBuffer(nn.Module):
         place = row * self.num_envs + self.env_offsets[:, None]  # (N, rows)
         return {name: self.get_buffer(name)[place].cpu().numpy() for name in self.FIELDS}
 
-    def set_weight(self, place: Tensor, weight: Tensor) -> None:
-        """Write weights (k,) at places (k,) and update their block sums. A repeated place must repeat its weight."""
-        self.weight.view(-1).index_copy_(0, place, weight)
-        block = place // BLOCK_SIZE
-        self.block_sums.index_copy_(0, block, self.weight[block].sum(dim=1))
-
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
-        draw = torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
-        return self.gather(self.find(draw * self.block_sums.sum()))
-
-    def find(self, mass: Tensor) -> Tensor:
-        """Return the places (B,) at which the cumulative weight exceeds `mass` (B,): the block, then the place."""
-        ends = self.block_sums.cumsum(dim=0)  # (blocks,)
-        block = torch.searchsorted(ends, mass, right=True)
-        mass = mass - (ends - self.block_sums)[block]
-        inside = torch.searchsorted(self.weight[block].cumsum(dim=1), mass[:, None], right=True)  # (B, 1)
-        return block * BLOCK_SIZE + inside[:, 0]
+        ends = self.weight.cumsum(dim=0)  # (places,)
+        draw = torch.rand(batch_size, dtype=torch.float64, device=ends.device)
+        return self.gather(torch.searchsorted(ends, draw * ends[-1], right=True))
 
     def gather(self, index: Tensor) -> Batch:
         """Return the transitions that start at places (B,)."""
@@ -400,7 +385,6 @@ class ReplayBuffer(nn.Module):
         """Restore what `state_dict` returned."""
         for name in super().state_dict():
             self.get_buffer(name)[: len(state[name])].copy_(state[name])
-        self.block_sums.copy_(self.weight.sum(dim=1))
 
 
 class PrioritizedReplayBuffer(ReplayBuffer):
@@ -415,10 +399,11 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
         Importance weights are 1/sqrt(p) over their largest in the batch (beta = 0.5, fixed, as in the authors' code).
         """
-        total, stratum = self.block_sums.sum(), torch.arange(batch_size, device=self.weight.device)
-        draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)
-        index = self.find((draw * (total / batch_size)).minimum(total * (1 - 2**-52)))  # rounding may reach the total
-        weight = self.weight.view(-1)[index]
+        ends, stratum = self.weight.cumsum(dim=0), torch.arange(batch_size, device=self.weight.device)
+        draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=ends.device)
+        mass = (draw * (ends[-1] / batch_size)).minimum(ends[-1] * (1 - 2**-52))  # rounding may reach the total
+        index = torch.searchsorted(ends, mass, right=True)
+        weight = self.weight[index]
         return Batch(*self.gather(index)[:-1], (weight.min() / weight).sqrt().float())
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
@@ -429,9 +414,10 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """
         index, losses = index.to(self.weight.device), losses.detach().to(self.weight).nan_to_num(0.0, 0.0, 0.0)
         weight = ((losses.clamp(0, 2**20) + 1e-10).sqrt() * 2**20).ceil() / 2**20  # 1e-10 is Dopamine's
-        weight = weight * (self.weight.view(-1)[index] > 0)
+        weight = weight * (self.weight[index] > 0)
         self.new_weight.copy_(torch.maximum(self.new_weight, weight.max()))
-        self.set_weight(index, torch.where(index[:, None] == index, weight, 0).amax(dim=1))  # (B, B) -> (B,)
+        largest = torch.where(index[:, None] == index, weight, 0).amax(dim=1)  # (B, B) -> (B,)
+        self.weight.index_copy_(0, index, largest)
 
 
 def free_memory() -> float:
@@ -742,7 +728,7 @@ class Agent:
     def save(self, path: Path, progress: dict) -> None:
         """Replace the checkpoint. Raises FloatingPointError if a weight is not finite."""
         if not nn.utils.get_total_norm(self.q_network.parameters(), math.inf).isfinite():  # the largest weight
-            raise FloatingPointError(f"a weight is not finite at {progress}; {path} stays as it was")
+            raise FloatingPointError(f"a weight is not finite; {path} stays as it was")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS} | {"progress": progress}
         state["random"] = [generator.get_state() for generator in self.generators]
         write_file(path, lambda file: torch.save(state, file))
@@ -952,21 +938,10 @@ class ReplayLog:
             self.pending.result()
 
 
-def open_csv(path: Path, header: str, column: int, step: int, rows_then: int = 0) -> tuple[IO[str], list[list[str]]]:
-    """Open a CSV file to append rows. Returns it and its rows whose `column` is at most `step`; cuts off the others.
-
-    Warns if fewer rows are left than the `rows_then` that the file had at that step.
-    """
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
-    rows = [line.split(",") for line in lines if line.count(",") == header.count(",")]
-    rows = [row for row in rows if int(row[column]) <= step]
-    if len(rows) < rows_then:
-        lost = f"{rows_then - len(rows)} of the {rows_then} rows up to step {step:,}"
-        print(f"warning: {path} has lost {lost}; it is whole from there on", file=sys.stderr)
-    write_file(
-        path, lambda file: file.writelines(f"{','.join(row)}\n".encode() for row in ([header.split(","), *rows]))
-    )
-    return open(path, "a", buffering=1), rows  # line-buffered: a row is in the file at once
+def open_csv(path: Path, rows: list[str]) -> IO[str]:
+    """Write a CSV file anew with `rows`, and return it to append more."""
+    write_file(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+    return open(path, "a", buffering=1)  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
@@ -977,25 +952,27 @@ def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[
 
 
 class RunLog:
-    """Writes episodes.csv, metrics.csv and TensorBoard; shows progress. Resuming cuts rows after the checkpoint."""
+    """Writes episodes.csv, metrics.csv and TensorBoard, and shows progress. Checkpoints keep the rows of the files."""
+
+    HEADERS = {
+        "episodes.csv": "global_step,episode_return,episode_length",
+        "metrics.csv": "iteration,global_step,episodes,mean_return,sps",
+    }
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path, global_step = args, run_dir / "checkpoint.pt", progress["global_step"]
-        header, then = "global_step,episode_return,episode_length", progress.get("episodes", 0)
-        self.episodes, rows = open_csv(run_dir / "episodes.csv", header, 0, global_step, then)
-        self.returns = [float(row[1]) for row in rows]
-        last = global_step // args.iteration_steps * args.iteration_steps
-        self.counted = sum(int(row[0]) - args.num_envs < last for row in rows)  # episodes of past iterations
-        header, then = "iteration,global_step,episodes,mean_return,sps", progress.get("iterations", 0)
-        self.iterations, rows = open_csv(run_dir / "metrics.csv", header, 1, global_step, then)
-        self.num_iterations = len(rows)
+        self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
+        self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
+        self.returns = [float(row.split(",")[1]) for row in self.rows["episodes.csv"]]
+        self.counted = sum(int(row.split(",")[2]) for row in self.rows["metrics.csv"])  # episodes of past iterations
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
         self.started = global_step, time.monotonic()
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **BAR)
 
-    def progress(self, global_step: int) -> dict:
-        """Return what a checkpoint keeps of the log: the step and the number of rows in the files."""
-        return {"global_step": global_step, "episodes": len(self.returns), "iterations": self.num_iterations}
+    def write(self, name: str, *values) -> None:
+        """Append a row to the file `name`."""
+        self.rows[name].append(",".join(map(str, values)))
+        self.files[name].write(f"{self.rows[name][-1]}\n")
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -1012,7 +989,7 @@ class RunLog:
         for i in np.flatnonzero(over):
             episode_return, length = self.running_return[i], self.running_length[i]
             self.returns.append(episode_return)
-            self.episodes.write(f"{global_step},{episode_return:.10g},{length}\n")
+            self.write("episodes.csv", global_step, f"{episode_return:.10g}", length)
             self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
         self.running_return[over], self.running_length[over] = 0, 0
         self.bar.update(len(over))
@@ -1030,8 +1007,7 @@ class RunLog:
         """Write the paper's score: mean raw return of the episodes that ended in the last `iteration_steps`."""
         returns, self.counted = self.returns[self.counted :], len(self.returns)
         number, mean = global_step // self.args.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
-        self.iterations.write(f"{number},{global_step},{len(returns)},{mean},{self.sps(global_step):.1f}\n")
-        self.num_iterations += 1
+        self.write("metrics.csv", number, global_step, len(returns), mean, f"{self.sps(global_step):.1f}")
         self.scalars(global_step, {"charts/iteration_return": np.mean(returns)} if returns else {})
         self.started = global_step, time.monotonic()
 
@@ -1040,7 +1016,7 @@ class RunLog:
         return (global_step - self.started[0]) / (time.monotonic() - self.started[1])
 
     def close(self) -> None:
-        for part in (self.bar, self.tensorboard, self.episodes, self.iterations):
+        for part in (self.bar, self.tensorboard, *self.files.values()):
             part.close()
 
 
@@ -1082,7 +1058,7 @@ def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog |
         if replay_log:
             replay_log.write(agent.replay, global_step)
             replay_log.wait()
-        agent.save(run_dir / "checkpoint.pt", log.progress(global_step))
+        agent.save(run_dir / "checkpoint.pt", {"global_step": global_step, "rows": log.rows})
     except OSError as error:
         tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
         return False
@@ -1155,7 +1131,9 @@ def main(args: Args) -> None:
             decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
             epsilon = 0.0 if args.noisy else np.interp(global_step - args.learning_starts, *decay)
             envs.send(agent.act(frame, epsilon))
-            if metrics or agent.replay.block_sums.any():  # there is something to draw
+            if replay_log and due(replay_log.every, global_step, N):
+                replay_log.write(agent.replay, global_step)
+            if metrics or agent.replay.weight.any():  # there is something to draw
                 for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
                     metrics, output = agent.learn()
             frame, reward, terminated, truncated, over = envs.recv()
@@ -1172,8 +1150,6 @@ def main(args: Args) -> None:
                     log.iteration(global_step)
                 if due(args.weights_every, global_step, N):
                     write_weights(run_dir / "weights" / f"{global_step}.pt", agent.q_network)
-                if replay_log and due(replay_log.every, global_step - N, N):  # the newest row is not in the replay yet
-                    replay_log.write(agent.replay, global_step - N)
             except OSError:  # a full disk or a closed pipe: the steps done so far are not lost
                 checkpoint(agent, run_dir, log, replay_log, global_step)
                 raise

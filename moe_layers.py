@@ -49,8 +49,6 @@ class MoEOutput(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------- initialisers
-
-
 def lecun_normal_(weight: Tensor, fan_in: int) -> Tensor:
     """Fill with a normal of std 1/sqrt(fan_in) that is truncated at two sigma and rescaled (Flax's `lecun_normal`)."""
     std = fan_in**-0.5 / 0.87962566103423978  # the std of a unit normal truncated to [-2, 2]
@@ -63,8 +61,6 @@ def signed_sqrt(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
-
-
 def tokenize(features: Tensor, tokenization: str) -> Tensor:
     """Turn a feature map into tokens, (B, C, h, w) -> (B, T, D) (paper, figure 3).
 
@@ -129,8 +125,6 @@ class PatchTokenizer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------- experts
-
-
 class Experts(nn.Module):
     """E independent two-layer networks D -> H -> D with a ReLU between, as stacked weights.
 
@@ -224,8 +218,6 @@ def check_positive(**sizes: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ MoE layers
-
-
 class SoftMoE(nn.Module):
     """Soft mixture of experts: every slot reads a convex mixture of all tokens (Puigcerver et al., 2308.00951).
 
@@ -362,8 +354,6 @@ def check_tokens(tokens: Tensor, num_tokens: int, token_dim: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------- dense, noisy layers
-
-
 class NoisyLinear(nn.Module):
     """Linear layer with factorised Gaussian noise, a fresh draw per sample (Fortunato et al., 2018; NoisyNets).
 
@@ -425,8 +415,6 @@ class TokenizedLayer(DenseLayer):
 
 
 # --------------------------------------------------------------------------------------- load balancing, statistics
-
-
 def squared_variation(x: Tensor) -> Tensor:
     """(std / mean)^2 over the last axis, averaged over the others."""
     return (x.var(dim=-1, unbiased=False) / x.mean(dim=-1).square()).mean()
@@ -509,8 +497,6 @@ def dormant_fraction(hidden: Tensor, tau: float = 0.0) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ from flags to a layer
-
-
 Tokenization = Literal["PerConv", "PerFeat", "PerSamp", "PerPatch", "PerPatchAvg", "Shuffled"]
 Balancing = Literal["none", "importance", "load", "importance+load"]
 
