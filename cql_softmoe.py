@@ -7,7 +7,7 @@ Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-
 C51 or DQN with the regulariser of CQL (Kumar et al., 2020). A Soft MoE over the tokens of the encoder's feature map
 replaces its dense layer. Needs `moe_layers.py` beside it and nothing else of this repository.
 
-Differs from the authors' code (google/dopamine, labs/moes) on purpose:
+Differs on purpose from the authors' code (google/dopamine, labs/moes); tests/README.md has the whole table:
 - An evaluation plays `--eval-steps` agent steps in ten games in parallel, and the last episode of each to its end.
 - The last step of an episode that was cut is not learned from, and the steps before it bootstrap from its frame.
 """
@@ -616,7 +616,7 @@ def open_device(args: Args) -> torch.device:
             return torch.device("cpu")
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
-        print(f"running on the CPU: {str(error).split('. ')[0]}", file=sys.stderr)
+        print(f"no GPU ({str(error).split('. ')[0]}), so the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):

@@ -7,13 +7,10 @@ C51 with dueling heads, double Q-learning, noisy layers, n-step returns and prio
 tokens of the encoder's feature map replaces its dense layer. Compare with `diff dqn_softmoe.py rainbow_softmoe.py`.
 Needs `moe_layers.py` beside it and nothing else of this repository.
 
-Differs from the authors' code (google/dopamine, labs/moes) on purpose:
-- Four environments step in parallel. The one update per four agent steps runs while they emulate, after their actions
-  were chosen. Every update still follows exactly four steps of one policy.
-- A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved. The returns of these
-  episodes are not counted.
-- The last step of an episode is learned from and ends it. Dopamine's replay at 5873f54 ends it a step earlier. A window
-  that is cut by the frame limit or a checkpoint bootstraps from the last frame. Dopamine's replay drops such windows.
+Differs on purpose from the authors' code (google/dopamine, labs/moes); tests/README.md has the whole table:
+- Four environments step in parallel, and the one update per four agent steps runs while they emulate.
+- A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved.
+- The last step of an episode is learned from. Windows that are cut bootstrap from the last frame.
 - There is no noise in evaluation; the authors' experts stay noisy there. The two heads draw noise independently.
 - A prioritised batch has one draw from each of B equal shares of the sum (Schaul et al., 2016), not B independent ones.
 """
@@ -605,7 +602,7 @@ def open_device(args: Args) -> torch.device:
             return torch.device("cpu")
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
-        print(f"running on the CPU: {str(error).split('. ')[0]}", file=sys.stderr)
+        print(f"no GPU ({str(error).split('. ')[0]}), so the CPU is used", file=sys.stderr)
         return torch.device("cpu")
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):

@@ -41,6 +41,8 @@ sys.path.insert(0, str(ROOT))
 MODES = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled+graph": (True, True)}
 
 GROUP = 16  # cases in memory at a time
+NAMES = {"dqn": "DQN", "rainbow": "Rainbow", "der": "DER", "cql": "CQL", "impala": "Impala", "nature": "Nature"}
+NAMES |= {"softmoe": "Soft MoE", "top1moe": "Top-1 MoE", "dense": "dense"}
 BEST = "compiled+graph" if torch.cuda.is_available() else "eager"
 
 
@@ -87,8 +89,11 @@ class Case:
         return {name: n for name in ("num_experts", "encoder_width", "num_envs") if (n := getattr(self, name))}
 
     def __str__(self) -> str:
-        given = "".join(f", {n} {name.split('_')[1]}" for name, n in self.given().items())
-        return f"{self.agent} {self.encoder} {self.layer}{given}{f', {self.mode}' * (self.mode != BEST)}"
+        words = {"num_experts": f"{self.num_experts} expert{'s' * (self.num_experts != 1)}"}
+        words |= {"encoder_width": f"width x{self.encoder_width}", "num_envs": f"{self.num_envs} environments"}
+        given = "".join(f", {words[name]}" for name in self.given())
+        network = " ".join(NAMES[part] for part in (self.agent, self.encoder, self.layer))
+        return f"{network}{given}{f', {self.mode}' * (self.mode != BEST)}"
 
 
 def cases(options: Options) -> list[Case]:
@@ -320,7 +325,7 @@ def picture(done: list[Case], title: str, path: Path) -> None:
     axes.plot([], [], "|", color="black", ms=15, mew=2.5, label="the loop")
     axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds per agent step (cql: per update)")
+    axes.set_xlabel("milliseconds per agent step (CQL: per update)")
     axes.set_title(title, fontsize=9)
     figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=150)

@@ -110,6 +110,7 @@ lines() {  # agent, flags: a command per game and seed
     [ "$agent" = drq_eps ] && script=der more="$drq_eps "
     local name=${flags//--/}${STEPS:+ steps $STEPS}
     name=${name//[ \/]/-}
+    [ ${#name} -le 200 ] || fail "FLAGS make the name of a run too long"
     for game in $games; do
         local env_id=$game data=
         [[ $game == *-v* ]] || env_id=${game}NoFrameskip-v4

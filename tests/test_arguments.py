@@ -468,7 +468,7 @@ def test_cuda_without_a_device_says_why_and_goes_on(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "init", init)
     main(tiny(runs_dir=str(tmp_path), cuda=True))
     why = "The NVIDIA driver on your system is too old (found version 1)"
-    assert notes(capsys.readouterr().err) == [f"running on the CPU: {why}"]
+    assert notes(capsys.readouterr().err) == [f"no GPU ({why}), so the CPU is used"]
 
 
 def test_the_replay_goes_where_it_fits(monkeypatch):

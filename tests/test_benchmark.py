@@ -44,7 +44,7 @@ def test_measures_every_part_and_draws(tmp_path):
 def test_says_what_it_could_not_measure(tmp_path):
     done = benchmark(tmp_path, "--agents", "dqn", "--layers", "dense", "--no-extras", "--env-id", "NoGame-v0")
     assert done.returncode == 1
-    lines = [line for line in done.stdout.splitlines() if line.startswith("not measured: dqn ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not measured: DQN ")]
     assert len(lines) == 2 and all("NoGame" in line for line in lines)
 
 
