@@ -23,7 +23,6 @@ from replay_oracle import (
     rows_of,
 )
 
-import dqn_softmoe
 from dqn_softmoe import STACK_SIZE, ReplayBuffer
 
 
