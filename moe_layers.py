@@ -182,12 +182,10 @@ class BigExperts(nn.Module):
         self.experts = Experts(num_experts, size, hidden_dim, out_dim=num_slots * token_dim, noisy=noisy)
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        def encode(parameters, images):
-            return torch.func.functional_call(self.encoder[0], parameters, images)
-
         images = slots.unflatten(2, self.image[:2]).permute(1, 0, 4, 2, 3)  # (E, B, D, side, side)
         parameters = {name.replace("-", "."): x for name, x in self.encoders.items()}
-        features = torch.vmap(encode)(parameters, images)  # (E, B, C, h, w)
+        encode = torch.vmap(functools.partial(torch.func.functional_call, self.encoder[0]))
+        features = encode(parameters, images)  # (E, B, C, h, w)
         features = features.permute(1, 0, 3, 4, 2).flatten(2)[:, :, None]  # (B, E, 1, h*w*C)
         outputs, hidden = self.experts(features)
         return outputs.view(slots.shape), hidden

@@ -1,4 +1,4 @@
-"""The README's two pictures: `python scripts/pictures.py` writes layer.png and breakout.png in scripts/results."""
+"""Two pictures of the READMEs: `python scripts/pictures.py` writes layer.png and breakout.png in scripts/results."""
 
 import csv
 from pathlib import Path
