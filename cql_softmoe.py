@@ -143,7 +143,7 @@ class ImpalaStack(nn.Module):
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
-        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). Padding is never the maximum.
+        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). The padding is -inf.
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x = F.max_pool2d(self.conv0(x), 3, stride=2, padding=padding, ceil_mode=True)
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -263,8 +263,9 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     loss = loss + args.cql_alpha * cql
     if args.load_balancing != "none":
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
-        loss, metrics["load_balancing_loss"] = loss + balancing, balancing.detach()
-    return loss, metrics | {"loss": loss.detach()}, output and output.detach()
+        metrics["load_balancing_loss"] = balancing.detach()
+        loss = loss + balancing
+    return loss, metrics | {"loss": loss.detach()}, None if output is None else output.detach()
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -335,8 +336,8 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
         raise ValueError(f"--dataset-dir {root}: no data is there, python dqn_softmoe.py --save-replay makes it")
     metadata = json.loads((source / "metadata.json").read_text())
     specs = (gym.spec(env_id.rpartition(":")[2]) for env_id in (metadata["env_id"], args.env_id))
-    ours, theirs = (spec.kwargs.get("game", spec.id) for spec in specs)
-    if ours != theirs or metadata["num_actions"] not in (None, envs.num_actions):
+    its_game, our_game = (spec.kwargs.get("game", spec.id) for spec in specs)
+    if its_game != our_game or metadata["num_actions"] not in (None, envs.num_actions):
         raise ValueError(f"--env-id {args.env_id}: the data of {source} is of {metadata['env_id']}")
     used = [args.data_fraction, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)]
     cache = Path(args.cache_dir or source.parent / "replay_cache") / hashlib.md5(json.dumps(used).encode()).hexdigest()
@@ -347,7 +348,7 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
         try:
             unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
             write_json(temporary / "checksums.json", checksums(temporary))
-            if not cache.exists():
+            with contextlib.suppress(OSError):  # another run was faster
                 temporary.rename(cache)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -394,7 +395,8 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
             start, expected = places.stop, int(path.stem) + used * num_envs
             end = int(path.stem) + segment["action"].size
             if stop.is_set():
-                raise InterruptedError("stopped by a signal")
+                print("stopped by a signal; the same command unpacks the data anew")
+                raise SystemExit(TRY_AGAIN)
     truncated[-num_envs:] = ~terminated[-num_envs:]
     if not (drawable & ~truncated).any():
         raise ValueError("the data has no step to learn from")
@@ -500,7 +502,8 @@ class Environments:
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
-            terminated = terminated | (info["lives"] < self.lives) & ~over
+            lost = (info["lives"] < self.lives) & ~over
+            terminated = terminated | lost
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
@@ -571,8 +574,8 @@ class CudaGraph:
 
     The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
     replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
-    and types in every call, and one copy from pinned memory brings them to the device. `function` must only use
-    tensors that stay in place, and random numbers of the default generators.
+    and types in every call; they reach the device through pinned memory. `function` must only use tensors that stay in
+    place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -582,20 +585,12 @@ class CudaGraph:
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels may read 16 bytes at a time
-            self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
-
-            def views(memory):
-                parts = zip(memory.split(sizes), inputs, strict=True)
-                return [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in parts]
-
-            self.staged, self.inputs = views(self.pinned), views(self.buffer)
+            self.pinned = [torch.empty_like(x, pin_memory=True) for x in inputs]
+            self.inputs = [torch.empty_like(x, device="cuda") for x in inputs]
         if inputs:
-            self.copied.synchronize()  # the last call's copy may still read the pinned memory
-            for staged, x in zip(self.staged, inputs, strict=True):
-                staged.copy_(x)
-            self.buffer.copy_(self.pinned, non_blocking=True)
+            self.copied.synchronize()  # the copies of the last call may still read the pinned memory
+            for x, pinned, on_device in zip(inputs, self.pinned, self.inputs, strict=True):
+                on_device.copy_(pinned.copy_(x), non_blocking=True)
             self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
@@ -610,13 +605,8 @@ class CudaGraph:
 
 
 def open_device(args: Args) -> torch.device:
-    """Return the GPU if `--cuda` is set and it works, else the CPU. ValueError if `--compile` lacks a compiler."""
-    try:
-        if not args.cuda:
-            return torch.device("cpu")
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        print(f"no GPU ({str(error).split('. ')[0]}), so the CPU is used", file=sys.stderr)
+    """Return the GPU if there is one and `--cuda` is set, else the CPU. ValueError if `--compile` lacks a compiler."""
+    if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
@@ -643,7 +633,8 @@ class Agent:
         self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        folder, num_envs = open_dataset(args, envs)
+        with one_line_errors(Exception):  # damaged data can raise nearly anything
+            folder, num_envs = open_dataset(args, envs)
         self.data = Dataset(folder, num_envs, n_step=args.n_step, gamma=args.gamma)
         need, place = sum(buffer.nbytes for buffer in self.data.buffers()), torch.device("cpu")
         if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
@@ -705,9 +696,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
-            "allocate memory|create a primitive", text
-        ):
+        no_memory = re.search("allocate memory|create a primitive", text)  # words of PyTorch and of oneDNN on a CPU
+        if no_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
             text = f"out of memory. {text}"
         elif not isinstance(error, kinds):
             raise
@@ -722,7 +712,7 @@ TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continue
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """Return an event that these signals set until `stack` closes. The same signal again ends the process."""
+    """Return an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set until `stack` closes. A second signal is final."""
     stop = threading.Event()
     for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
         number = getattr(signal, name)
@@ -773,8 +763,8 @@ def check_args(args: Args) -> None:
     sizes = (
         "total_updates iteration_updates eval_steps num_envs encoder_width batch_size n_step target_network_frequency"
     )
-    args.check_range(f"{sizes} max_shards impala_filter", 1, 2**63 - 1)
-    args.check_range("seed checkpoint_every weights_every", 0, 2**63 - 1)
+    args.check_range(f"{sizes} max_shards impala_filter", 1)
+    args.check_range("seed checkpoint_every weights_every", 0)
     args.check_range("noop_max", 0, 1_000)
     args.check_range("sticky_actions eval_epsilon gamma", 0, 1)
     args.check_range("data_fraction", 1e-9, 1)
@@ -834,16 +824,17 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     """Return directory, config.json and lock of a new run, or of the one to resume. ValueError if that fails."""
     path = run_dir = run_path(args)
     for number in itertools.count(2):
-        lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
-        if args.resume is not None or lock and not has_run:
+        lock = lock_run(run_dir)
+        has_run = (run_dir / "config.json").exists() or (run_dir / "checkpoint.pt").exists()
+        if args.resume is not None or (lock and not has_run):
             break
         run_dir = path.with_name(f"{path.name}-{number}")  # never overwrite a run
     if lock is None:
         raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
+    saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
+    old, new = ({"script": run["script"], **run["args"]} for run in (saved, config))
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
@@ -966,7 +957,7 @@ def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading
 
 
 def main(args: Args) -> None:
-    with one_line_errors(Exception):
+    with one_line_errors(OSError, ValueError, RuntimeError, ImportError, gym.error.Error):
         check_args(args)
         torch.manual_seed(args.seed)
         envs = Environments(args, args.num_envs)
@@ -978,7 +969,8 @@ def main(args: Args) -> None:
         transitions = len(agent.data.drawable)
         progress = {"update": 0, "values": {}, "transitions": transitions}
         if (run_dir / "checkpoint.pt").exists():
-            progress = agent.load(run_dir / "checkpoint.pt")
+            with one_line_errors(Exception):  # a damaged file can raise nearly anything
+                progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to continue from")
         if progress["update"] > args.total_updates:

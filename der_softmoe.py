@@ -76,7 +76,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 1  # environments stepped in parallel; one round is `num_envs` agent steps
     sticky_actions: float = 0.0  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 30  # no-op steps that start a game: 0 to this - 1 (DER: 30, which is 0 to 116 frames; Atari only)
+    noop_max: int = 30  # a game starts with 0 to noop_max - 1 no-op steps of 4 frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = True  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
@@ -113,7 +113,7 @@ class Args(moe.LayerArgs):
     epsilon_decay_steps: int = 2_000  # agent steps of linear decay from 1 after learning starts (DER: 2,000)
     eval_epsilon: float = 0.001  # exploration in evaluation (paper: 0.001)
 
-    default_num_experts = 4
+    default_num_experts = 4  # read by LayerArgs
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -146,7 +146,7 @@ class ImpalaStack(nn.Module):
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
-        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). Padding is never the maximum.
+        # Flax pads an even axis by (0, 1), as ceil_mode does, and an odd one by (1, 1). The padding is -inf.
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x = F.max_pool2d(self.conv0(x), 3, stride=2, padding=padding, ceil_mode=True)
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -278,8 +278,9 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     metrics = {"td_loss": loss.detach(), "q_values": q_taken.detach().mean()}
     if args.load_balancing != "none":
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
-        loss, metrics["load_balancing_loss"] = loss + balancing, balancing.detach()
-    return loss, metrics | {"loss": loss.detach()}, output and output.detach(), losses.detach()
+        metrics["load_balancing_loss"] = balancing.detach()
+        loss = loss + balancing
+    return loss, metrics | {"loss": loss.detach()}, None if output is None else output.detach(), losses.detach()
 
 
 # --------------------------------------------------------------------------------------------------------- replay
@@ -310,7 +311,7 @@ class ReplayBuffer(nn.Module):
         self.action = nn.Buffer(torch.zeros(self.size, dtype=torch.int64))
         self.reward = nn.Buffer(torch.zeros(self.size))
         self.terminated = nn.Buffer(torch.zeros(self.size, dtype=torch.bool))
-        self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # rows that are not written are not drawn
+        self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # so that unwritten rows are never drawn
         # Weights are ones or multiples of 2^-20, so that their float64 sums are exact.
         self.weight = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))
         self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))
@@ -374,7 +375,7 @@ class ReplayBuffer(nn.Module):
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the written rows, on the host. NumPy copies them, because torch.save would save a slice's storage."""
+        """Return the written rows, on the host. Through NumPy, so that torch.save writes a slice alone."""
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
@@ -405,7 +406,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         return Batch(*self.gather(index)[:-1], (weight.min() / weight).sqrt().float())
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
-        """Set the weights of places `index` (B,) from losses (B,), which have no importance weights in them.
+        """Set the weights of places `index` (B,) from the unweighted losses (B,).
 
         A place that was drawn twice gets its larger loss. A place that can no longer be drawn keeps weight 0. A loss
         that is not finite counts as 0, so that the sums stay finite until the run stops for it.
@@ -507,7 +508,8 @@ class Environments:
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
-            terminated = terminated | (info["lives"] < self.lives) & ~over
+            lost = (info["lives"] < self.lives) & ~over
+            terminated = terminated | lost
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
@@ -545,7 +547,8 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
 
     A game is cut after `MAX_EPISODE_STEPS`. A signal ends the evaluation. Training's random state does not change.
     """
-    N, device, envs = args.eval_episodes, next(q_network.parameters()).device, Environments(args, args.eval_episodes)
+    N, device = args.eval_episodes, next(q_network.parameters()).device
+    envs = Environments(args, N)
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
     choose = functools.partial(policy, q_network, obs, epsilon=args.eval_epsilon)
     choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
@@ -574,8 +577,8 @@ class CudaGraph:
 
     The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
     replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
-    and types in every call, and one copy from pinned memory brings them to the device. `function` must only use
-    tensors that stay in place, and random numbers of the default generators.
+    and types in every call; they reach the device through pinned memory. `function` must only use tensors that stay in
+    place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -585,20 +588,12 @@ class CudaGraph:
     def __call__(self, *inputs):
         inputs = [torch.as_tensor(x) for x in inputs]
         if self.inputs is None:
-            sizes = [math.ceil(x.nbytes / 16) * 16 for x in inputs]  # kernels may read 16 bytes at a time
-            self.pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            self.buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cuda")
-
-            def views(memory):
-                parts = zip(memory.split(sizes), inputs, strict=True)
-                return [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in parts]
-
-            self.staged, self.inputs = views(self.pinned), views(self.buffer)
+            self.pinned = [torch.empty_like(x, pin_memory=True) for x in inputs]
+            self.inputs = [torch.empty_like(x, device="cuda") for x in inputs]
         if inputs:
-            self.copied.synchronize()  # the last call's copy may still read the pinned memory
-            for staged, x in zip(self.staged, inputs, strict=True):
-                staged.copy_(x)
-            self.buffer.copy_(self.pinned, non_blocking=True)
+            self.copied.synchronize()  # the copies of the last call may still read the pinned memory
+            for x, pinned, on_device in zip(inputs, self.pinned, self.inputs, strict=True):
+                on_device.copy_(pinned.copy_(x), non_blocking=True)
             self.copied.record()
         if self.warmup > 0:
             self.warmup -= 1
@@ -613,13 +608,8 @@ class CudaGraph:
 
 
 def open_device(args: Args) -> torch.device:
-    """Return the GPU if `--cuda` is set and it works, else the CPU. ValueError if `--compile` lacks a compiler."""
-    try:
-        if not args.cuda:
-            return torch.device("cpu")
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        print(f"no GPU ({str(error).split('. ')[0]}), so the CPU is used", file=sys.stderr)
+    """Return the GPU if there is one and `--cuda` is set, else the CPU. ValueError if `--compile` lacks a compiler."""
+    if not (args.cuda and torch.cuda.is_available()):
         return torch.device("cpu")
     compilers, headers = (os.environ.get("CC", "cc"), "gcc", "clang"), Path(sysconfig.get_path("include"), "Python.h")
     if args.compile and not (any(map(shutil.which, compilers)) and headers.exists()):
@@ -648,7 +638,8 @@ class Agent:
         self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        place, window = replay_device(args, envs.frame_shape, device), {"n_step": args.n_step, "gamma": args.gamma}
+        place = replay_device(args, envs.frame_shape, device)
+        window = {"n_step": args.n_step, "gamma": args.gamma}
         buffer = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
         self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
@@ -662,7 +653,8 @@ class Agent:
                 self.replay.update_priorities = compile(self.replay.update_priorities)
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
-            names = ("store_and_choose", "learn") if place == device else ("choose", "update")  # else on the host
+            # A replay on the host cannot be in a graph.
+            names = ("store_and_choose", "learn") if place == device else ("choose", "update")
             for name in names:
                 setattr(self, name, CudaGraph(getattr(self, name)))
 
@@ -681,9 +673,8 @@ class Agent:
 
     def end_episodes(self) -> None:
         """Store the outcome of the last actions and truncate the running episodes, because new games will start."""
-        if self.outcome is not None:
-            self.store(*self.outcome)
-            self.outcome = None
+        self.store(*self.outcome)
+        self.outcome = None
         self.replay.cut()
 
     def choose(self, frame, start, epsilon) -> Tensor:
@@ -750,9 +741,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
-            "allocate memory|create a primitive", text
-        ):
+        no_memory = re.search("allocate memory|create a primitive", text)  # words of PyTorch and of oneDNN on a CPU
+        if no_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
             text = f"out of memory. {text}"
         elif not isinstance(error, kinds):
             raise
@@ -767,7 +757,7 @@ TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continue
 
 
 def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """Return an event that these signals set until `stack` closes. The same signal again ends the process."""
+    """Return an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set until `stack` closes. A second signal is final."""
     stop = threading.Event()
     for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
         number = getattr(signal, name)
@@ -816,11 +806,11 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 def check_args(args: Args) -> None:
     """Raise ValueError for arguments that cannot work or would silently do nothing. Libraries check the rest."""
     sizes = "total_timesteps iteration_steps num_envs encoder_width batch_size n_step target_network_frequency"
-    args.check_range(f"{sizes} impala_filter", 1, 2**63 - 1)
-    args.check_range("seed weights_every eval_episodes epsilon_decay_steps", 0, 2**63 - 1)
-    some = 2 * args.num_envs if args.checkpoint_every else 0  # so that not every step is cut
-    args.check_range("checkpoint_every", some, 2**63 - 1)
-    args.check_range("learning_starts", args.num_envs * (args.n_step + 2), 2**63 - 1)  # a transition is drawable
+    args.check_range(f"{sizes} impala_filter", 1)
+    args.check_range("seed weights_every eval_episodes epsilon_decay_steps", 0)
+    if args.checkpoint_every:  # a checkpoint cuts the games, and not every step may be cut
+        args.check_range("checkpoint_every", 2 * args.num_envs)
+    args.check_range("learning_starts", args.num_envs * (args.n_step + 2))  # a transition is drawable
     args.check_range("noop_max", 0, 1_000)
     args.check_range("sticky_actions end_epsilon eval_epsilon gamma", 0, 1)
     args.check_range("learning_rate adam_eps", 1e-30, 1e30)
@@ -882,16 +872,17 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     """Return directory, config.json and lock of a new run, or of the one to resume. ValueError if that fails."""
     path = run_dir = run_path(args)
     for number in itertools.count(2):
-        lock, has_run = lock_run(run_dir), any((run_dir / name).exists() for name in ("config.json", "checkpoint.pt"))
-        if args.resume is not None or lock and not has_run:
+        lock = lock_run(run_dir)
+        has_run = (run_dir / "config.json").exists() or (run_dir / "checkpoint.pt").exists()
+        if args.resume is not None or (lock and not has_run):
             break
         run_dir = path.with_name(f"{path.name}-{number}")  # never overwrite a run
     if lock is None:
         raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old, new = ({"script": config["script"], **config["args"]} for config in (saved, config))
+    saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
+    old, new = ({"script": run["script"], **run["args"]} for run in (saved, config))
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
@@ -922,7 +913,10 @@ class ReplayLog:
         write_json(folder / "metadata.json", metadata)
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Start writing the new steps before `global_step`. Raises the error of the previous segment, if any."""
+        """Start writing the new steps before `global_step`.
+
+        Raises the error of the previous segment, if any. No checkpoint is written then: its data would lack a segment.
+        """
         self.wait()
         if global_step > self.written:
             arrays = replay.newest((global_step - self.written) // replay.num_envs)
@@ -1092,7 +1086,7 @@ def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading
 
 
 def main(args: Args) -> None:
-    with one_line_errors(Exception):
+    with one_line_errors(OSError, ValueError, RuntimeError, ImportError, gym.error.Error):
         check_args(args)
         torch.manual_seed(args.seed)
         envs = Environments(args, args.num_envs)
@@ -1102,7 +1096,8 @@ def main(args: Args) -> None:
             return
         agent, progress = Agent(args, envs), {"global_step": 0}
         if (run_dir / "checkpoint.pt").exists():
-            progress = agent.load(run_dir / "checkpoint.pt")
+            with one_line_errors(Exception):  # a damaged file can raise nearly anything
+                progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to continue from")
         global_step = new_games_step = progress["global_step"]
@@ -1131,7 +1126,7 @@ def main(args: Args) -> None:
             envs.send(agent.act(frame, epsilon))
             if replay_log and due(replay_log.every, global_step, N):
                 replay_log.write(agent.replay, global_step)
-            if metrics or agent.replay.weight.any():  # there is something to draw
+            if metrics or agent.replay.weight.any():  # nothing can be drawn if every step so far was truncated
                 for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
                     metrics, output = agent.learn()
             frame, reward, terminated, truncated, over = envs.recv()

@@ -28,7 +28,7 @@ SIGMA_0 = 0.1  # initial scale of noisy weights (authors' code; Fortunato et al.
 
 
 class Routing(NamedTuple):
-    """How tokens reach slots and come back. Soft MoE: two softmaxes. Top-1: one-hot, and for `combine` the gate."""
+    """How tokens reach slots and come back. Soft MoE: two softmaxes. Top-1: one-hot, and that times the gate."""
 
     dispatch_weights: Tensor  # (B, T, E, S): slot (e, s) reads this mixture of the tokens
     combine_weights: Tensor  # (B, T, E, S): token t reads this mixture of the slots' outputs
@@ -143,7 +143,7 @@ class Experts(nn.Module):
         for weight in (self.w1, self.w2):
             xavier = math.sqrt(6 / sum(weight.shape[1:]))  # per expert: fan-in and fan-out of one matrix
             nn.init.uniform_(weight, -xavier, xavier)
-        if noisy:
+        if noisy:  # the first layer starts as a `NoisyLinear`
             bound = in_dim**-0.5
             nn.init.uniform_(self.w1, -bound, bound)
             nn.init.uniform_(self.b1, -bound, bound)
@@ -176,6 +176,7 @@ class BigExperts(nn.Module):
         super().__init__()
         encoders, side = [make_encoder() for _ in range(num_experts)], math.isqrt(num_slots)
         parameters, _ = torch.func.stack_module_state(encoders)  # (E, ...) each
+        # A ParameterDict takes no dots in its names.
         self.encoders = nn.ParameterDict({name.replace(".", "-"): x.detach() for name, x in parameters.items()})
         self.encoder, self.image = [encoders[0]], (side, side, token_dim)  # in a list, so that it is no submodule
         size = encoders[0](torch.zeros(1, token_dim, side, side)).numel()
@@ -434,7 +435,10 @@ def load_loss(router_logits: Tensor, noisy_logits: Tensor, noise_std: float) -> 
 
 
 def load_balancing_loss(output: MoEOutput, losses: str, importance_weight: float, load_weight: float) -> Tensor:
-    """Weighted sum of a Top-1 layer's `losses` ("importance+load"), 0-D; noise std 1/E as in the authors' code."""
+    """Weighted sum of a Top-1 layer's `losses` ("importance+load"), 0-D.
+
+    The load loss adds noise of std 1/E to the logits, as in the authors' code. The routing itself has no noise.
+    """
     logits, loss = output.routing.router_logits, 0.0
     if "importance" in losses:
         loss = loss + importance_weight * importance_loss(output.routing.router_probs)
@@ -521,12 +525,13 @@ class LayerArgs:
         if self.num_experts is None:
             self.num_experts = 1 if self.layer in ("dense", "gap", "tokenized") else self.default_num_experts
 
-    def check_range(self, names: str, low: float, high: float) -> None:
+    def check_range(self, names: str, low: float, high: float = 2**63 - 1) -> None:
         """Raise ValueError for the first of the named flags whose value is not from `low` to `high`."""
         for name in names.split():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
+                bound = f"at least {low}" if value < low else f"at most {high}"
+                raise ValueError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
 
     def check_effect(self, names: str, works: bool, needs: str) -> None:
         """Raise ValueError for the first of the named flags that was changed without effect, unless `works`."""
@@ -536,7 +541,7 @@ class LayerArgs:
 
     def check_layer(self) -> None:
         """Raise ValueError for flags of the layer that cannot work or have no effect."""
-        self.check_range("num_experts expert_hidden_dim", 1, 2**63 - 1)
+        self.check_range("num_experts expert_hidden_dim", 1)
         self.check_range("capacity_factor importance_weight load_weight", 1e-30, 1e30)
         self.check_effect("tokenization", self.layer not in ("dense", "gap"), "tokens, not --layer dense or gap")
         experts = self.layer not in ("dense", "gap", "tokenized")

@@ -127,7 +127,7 @@ FAULTS = {
         "kept = [*locals().get('kept', []), agent.learn()]; metrics, output = kept[-2:][0]",
     ),
     "draws come from NumPy": (
-        "draw = torch.rand(batch_size, dtype=torch.float64, device=self.weight.device)",
+        "draw = torch.rand(batch_size, dtype=torch.float64, device=ends.device)",
         "draw = torch.as_tensor(np.random.default_rng(0).random(batch_size))",
     ),
     "the capture counts as a call": (

@@ -352,6 +352,11 @@ def no_checkpoint() -> None:
 
 EXITS = {  # patch, exit code, what stderr has
     "a bug": (no_step(ZeroDivisionError("a bug")), 70, "ZeroDivisionError: a bug"),
+    "a bug in the set-up": (
+        lambda: fails(torch.optim.Adam, "__init__", [1], TypeError("a bug")),
+        70,
+        "TypeError: a bug",
+    ),
     "memory": (no_step(MemoryError()), 2, "error: out of memory."),
     "the last checkpoint": (no_checkpoint, 1, "warning: the last good checkpoint stays"),
     "a signal": (lambda: at_call(torch.optim.Adam, "step", [3], lambda: os.kill(os.getpid(), signal.SIGTERM)), 75, ""),

@@ -220,7 +220,7 @@ def test_a_draw_and_an_update_look_at_few_of_a_million_places():
 def test_a_story_in_numbers():
     """What the streams prove, of four places."""
     replay = Pair(30, 2).add(plain_rows(15, 2)).replay
-    weight, places = replay.weight.view(-1), torch.arange(28)  # the newest row's windows are not over
+    weight, places = replay.weight, torch.arange(28)  # the newest row's windows are not over
     assert torch.equal(replay.sample(28).index, places)  # equal weights: one draw each
     assert replay.sample(28).importance_weights.tolist() == [1] * 28
     replay.update_priorities(torch.tensor([7, 2, 7, 3, 28]), torch.tensor([4, 0.25, 9, 0, 1e6]))
@@ -241,7 +241,7 @@ def test_losses_of_none_and_huge_ones():
     places = list(pair.oracle.at)
     for loss in (0.0, -1.0, math.nan, math.inf, -math.inf):  # still drawn, equally often
         pair.update(places, [loss] * 28)
-        assert pair.replay.weight.view(-1)[places].tolist() == [FLOOR] * 28
+        assert pair.replay.weight[places].tolist() == [FLOOR] * 28
         assert pair.replay.sample(28).index.tolist() == places
     pair.update([9], [3e38])
     assert pair.replay.sample(100).index.tolist() == [9] * 100
@@ -256,7 +256,7 @@ def test_losses_of_the_network_are_detached():
     for given in (losses, losses.half()):
         replay.update_priorities(index, given)
         assert not replay.weight.requires_grad and not replay.new_weight.requires_grad
-        assert replay.weight.view(-1)[[13, 4]].tolist() == pytest.approx([1.5, 2.0], rel=1e-5)
+        assert replay.weight[[13, 4]].tolist() == pytest.approx([1.5, 2.0], rel=1e-5)
     assert index.tolist() == [13, 4, 13] and losses.tolist() == [0.25, 4.0, 2.25]
 
 
