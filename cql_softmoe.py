@@ -73,7 +73,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 10  # games that an evaluation plays at once
     sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 0  # no-op steps that start a game: 0 to this - 1 (DER: 30, which is 0 to 116 frames; Atari only)
+    noop_max: int = 0  # a game starts with 0 to noop_max - 1 no-op steps of 4 frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = False  # a lost life clears the stack in evaluation, as in such data (Atari only)
 
     # Network

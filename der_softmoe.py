@@ -989,11 +989,13 @@ class RunLog:
     def update(self, global_step: int, epsilon: float, values: dict[str, float]) -> None:
         """Log the last update and show its loss. Raises FloatingPointError if the loss is not finite."""
         self.scalars(global_step, values | {"charts/epsilon": epsilon, "charts/sps": self.sps(global_step)})
-        loss, recent = values.get("losses/loss", 0.0), self.returns[-100:]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at agent step {global_step}; {self.path} stays as it was")
-        recent = f"return {np.mean(recent):.2f}, " if recent else ""
-        self.bar.set_postfix_str(f"{recent}loss {loss:.4f}", refresh=False)
+        shown = [f"return {np.mean(self.returns[-100:]):.2f}"] if self.returns else []
+        if values:  # there was an update
+            loss = values["losses/loss"]
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at agent step {global_step}; {self.path} stays as it was")
+            shown.append(f"loss {loss:.4f}")
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def iteration(self, global_step: int) -> None:
         """Write the paper's score: mean raw return of the episodes that ended in the last `iteration_steps`."""

@@ -453,6 +453,7 @@ def left_behind(run_dir: Path) -> tuple:
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     flat = [*state["q_network"].values(), *state["target_network"].values(), *state["random"]]
     flat += [value for part in state["optimizer"]["state"].values() for value in part.values()]
+    del state["progress"]["rows"]  # those of metrics.csv
     return flat, state["progress"], [row | {"ups": ""} for row in read_csv(run_dir / "metrics.csv")]
 
 

@@ -54,8 +54,9 @@ def outcome(run_dir: Path) -> dict:
     paths = (run_dir / name for name in ("episodes.csv", "eval.json"))  # offline there are none
     records = {path.name: path.read_text() for path in paths if path.exists()}
     scores = [{key: row[key] for key in row if key not in ("sps", "ups")} for row in read_csv(run_dir / "metrics.csv")]
-    weights = torch.load(run_dir / "weights.pt", weights_only=True)
-    return checkpoint(run_dir) | records | {"scores": scores, "weights": weights}
+    weights, state = torch.load(run_dir / "weights.pt", weights_only=True), checkpoint(run_dir)
+    del state["progress"]["rows"]  # those of the files, with their speeds
+    return state | records | {"scores": scores, "weights": weights}
 
 
 def same(a, b) -> bool:
