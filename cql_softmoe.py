@@ -760,10 +760,9 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 def check_args(args: Args) -> None:
     """Raise ValueError for arguments that cannot work or would silently do nothing. Libraries check the rest."""
-    sizes = (
-        "total_updates iteration_updates eval_steps num_envs encoder_width batch_size n_step target_network_frequency"
-    )
-    args.check_range(f"{sizes} max_shards impala_filter", 1)
+    sizes = "total_updates iteration_updates eval_steps num_envs batch_size n_step target_network_frequency"
+    args.check_range(f"{sizes} max_shards", 1)
+    args.check_range("encoder_width impala_filter", 1, 1_000)
     args.check_range("seed checkpoint_every weights_every", 0)
     args.check_range("noop_max", 0, 1_000)
     args.check_range("sticky_actions eval_epsilon gamma", 0, 1)

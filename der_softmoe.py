@@ -805,8 +805,8 @@ def write_weights(path: Path, q_network: QNetwork) -> None:
 
 def check_args(args: Args) -> None:
     """Raise ValueError for arguments that cannot work or would silently do nothing. Libraries check the rest."""
-    sizes = "total_timesteps iteration_steps num_envs encoder_width batch_size n_step target_network_frequency"
-    args.check_range(f"{sizes} impala_filter", 1)
+    args.check_range("total_timesteps iteration_steps num_envs batch_size n_step target_network_frequency", 1)
+    args.check_range("encoder_width impala_filter", 1, 1_000)
     args.check_range("seed weights_every eval_episodes epsilon_decay_steps", 0)
     if args.checkpoint_every:  # a checkpoint cuts the games, and not every step may be cut
         args.check_range("checkpoint_every", 2 * args.num_envs)

@@ -177,7 +177,7 @@ def test_what_cannot_work_is_refused(refused_run, tmp_path_factory, monkeypatch,
 
 @pytest.mark.parametrize("owner, name", [(shutil, "which"), (sysconfig, "get_path")])
 def test_compiling_without_a_compiler_or_headers(refused_run, monkeypatch, owner, name):
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(owner, name, lambda _: "")
     refused_run(["--compile", "gcc", "Python.h", "--no-compile"], cuda=True)
 
