@@ -172,8 +172,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
-        make_encoder = functools.partial(encoder, width=args.encoder_width)
+        make_encoder = functools.partial(nature_cnn, width=args.encoder_width)
+        if args.encoder == "impala":
+            make_encoder = functools.partial(impala_cnn, width=args.encoder_width, kernel=args.impala_filter)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
@@ -276,10 +277,10 @@ class Dataset(nn.Module):
     """Saved transitions, memory-mapped or on the GPU. Batches are drawn exactly uniformly.
 
     `folder` has flat arrays: frames.npy and so on. Row r of environment i is at place r * N + i, so the next step of an
-    environment is N places later. Frame stacks and n-step windows are put together when a transition is drawn. Only
-    the places in `drawable` are drawn. The step after a `truncated` one is not in the data. A truncated
-    step is therefore never drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing
-    waits for the device, so that `sample` runs in CUDA graphs.
+    environment is N places later. Frame stacks and n-step returns are assembled when a transition is drawn. Only the
+    places in `drawable` are drawn. The step after a `truncated` one is not in the data. A truncated step is therefore
+    never drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device,
+    so that `sample` runs in CUDA graphs.
     """
 
     FIELDS = {"frames": "uint8", "action": "int64", "reward": "float32", "terminated": "bool", "truncated": "bool"}

@@ -11,7 +11,8 @@ Needs `moe_layers.py` beside it and nothing else of this repository.
 Differs on purpose from the authors' code (google/dopamine, labs/moes); tests/README.md has the whole table:
 - The one update per agent step runs while the environment emulates, after the action was chosen.
 - A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved.
-- The last step of an episode is learned from. Windows that are cut bootstrap from the last frame.
+- The last step of an episode is learned from. An n-step return that a time limit or a checkpoint cuts off bootstraps
+  from the last frame before the cut.
 - There is no noise in evaluation; the authors' experts stay noisy there. The two heads draw noise independently.
 - A prioritised batch has one draw from each of B equal shares of the sum (Schaul et al., 2016), not B independent ones.
 """
@@ -176,8 +177,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        encoder = functools.partial(impala_cnn, kernel=args.impala_filter) if args.encoder == "impala" else nature_cnn
-        make_encoder = functools.partial(encoder, width=args.encoder_width)
+        make_encoder = functools.partial(nature_cnn, width=args.encoder_width)
+        if args.encoder == "impala":
+            make_encoder = functools.partial(impala_cnn, width=args.encoder_width, kernel=args.impala_filter)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
@@ -291,11 +293,11 @@ class ReplayBuffer(nn.Module):
     """Ring buffer of single frames that draws transitions exactly uniformly.
 
     Row r of environment i is at place r * N + i of every array, so the next step of an environment is N places later.
-    Frame stacks and n-step windows are put together when a transition is drawn. A transition can be drawn from the
-    moment its n-step window is complete until the oldest frame of its stack is overwritten. Its `weight` is 1 in that
-    time and 0 otherwise. The step after a `truncated` one is not in the ring. A truncated step is therefore never
-    drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so
-    that `add` and `sample` run in CUDA graphs. Raises ValueError if the ring is too small for one stack and window.
+    Frame stacks and n-step returns are assembled when a transition is drawn. Its `weight` is 1 while it can be drawn,
+    and 0 otherwise: from when its n-step window is complete until the oldest frame of its stack is overwritten. The
+    step after a `truncated` one is not stored. A truncated step is therefore never drawn, and windows that reach it
+    bootstrap from its frame. Shapes are fixed and nothing waits for the device, so that `add` and `sample` run in CUDA
+    graphs. Raises ValueError if the ring is too small for one stack and window.
     """
 
     FIELDS = ("frames", "action", "reward", "terminated", "truncated")
@@ -312,9 +314,9 @@ class ReplayBuffer(nn.Module):
         self.reward = nn.Buffer(torch.zeros(self.size))
         self.terminated = nn.Buffer(torch.zeros(self.size, dtype=torch.bool))
         self.truncated = nn.Buffer(torch.ones(self.size, dtype=torch.bool))  # so that unwritten rows are never drawn
-        # Weights are ones or multiples of 2^-20, so that their float64 sums are exact.
+        # Weights are ones, or in prioritised replay multiples of 2^-20, so that their float64 sums are exact.
         self.weight = nn.Buffer(torch.zeros(self.size, dtype=torch.float64))
-        self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))
+        self.new_weight = nn.Buffer(torch.ones(1, dtype=torch.float64))  # weight of a new transition
         self.cursor = nn.Buffer(torch.zeros(1, dtype=torch.int64))  # number of rows written so far
         self.env_offsets = nn.Buffer(torch.arange(num_envs), persistent=False)
         self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1), persistent=False)  # -3 .. 0
