@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import HELPERS, ROOT, only_run, quick, read_csv
+from runs import ROOT, fork_script, only_run, quick, read_csv
 
 import dqn_softmoe
 import moe_layers as moe
@@ -27,10 +27,8 @@ sys.path.append(str(ROOT / "scripts"))
 analyze, collect, evaluate, plot = map(importlib.import_module, ("analyze", "collect", "evaluate", "plot"))
 
 
-def run(script, *given, cwd=None, path=HELPERS):
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, given)]
-    path = {"PYTHONPATH": str(path)}
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | path, cwd=cwd)
+def run(script, *given, cwd=ROOT):
+    return fork_script(ROOT / "scripts" / f"{script}.py", *given, cwd=cwd)
 
 
 # -------------------------------------------------------------------------------------------------- collect and plot
