@@ -1,6 +1,7 @@
 """`scripts/convert_dqn_replay.py`: both layouts against slow readers, the traps of the published one, damaged data."""
 
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import ROOT, wait_for
+from runs import ROOT, fork_script, wait_for
 
 import cql_softmoe
 
@@ -27,11 +28,13 @@ import convert_dqn_replay as convert
 SIZE = (3, 2)
 SCRIPT = ROOT / "scripts" / "convert_dqn_replay.py"
 STEP, TERMINATED, CUT, NO_STEP = range(4)  # of `episode_end`
+COUNT_ACTIONS = functools.cache(convert.count_actions)  # which loads the game
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """So that every boundary is met: of segments, chunks and shards."""
+    """So that every boundary is met: of segments, chunks and shards. A game is loaded once for all tests."""
+    monkeypatch.setattr(convert, "count_actions", COUNT_ACTIONS)
     monkeypatch.setattr(convert, "SEGMENT_ROWS", 7)
     monkeypatch.setattr(convert, "CHUNK_ROWS", 5)
     monkeypatch.setattr(convert, "SHARD_ROWS", 60)
@@ -587,10 +590,6 @@ def test_memory(tmp_path, logs, monkeypatch, way):
     assert peak < 20e6
 
 
-def command(*args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, **kwargs)
-
-
 def test_command_line(tmp_path, logs):
     """Links lead to the data, and to the empty folder that is filled; a full one is left alone, whatever happens."""
     segments(tmp_path / "elsewhere" / "replay")
@@ -598,7 +597,7 @@ def test_command_line(tmp_path, logs):
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "target").symlink_to(tmp_path / "empty")
-    done = command(tmp_path / "link", tmp_path / "target")
+    done = fork_script(SCRIPT, tmp_path / "link", tmp_path / "target")
     assert done.returncode == 0 and "GB free" in done.stdout and "error" not in done.stderr
     assert (tmp_path / "target").is_symlink() and (tmp_path / "empty" / "replay_logs").is_dir()
     before = contents(tmp_path / "empty")
@@ -608,19 +607,19 @@ def test_command_line(tmp_path, logs):
         ("link", "target", "exists"),
         ("empty/replay_logs", "link/replay/metadata.json", "ex"),
     ):
-        done = command(tmp_path / source, tmp_path / target)
+        done = fork_script(SCRIPT, tmp_path / source, tmp_path / target)
         assert done.returncode == 2 and word in done.stderr and done.stderr.startswith("error: ")
         assert len(done.stderr.splitlines()) == 1
     path = tmp_path / "elsewhere" / "replay" / "000000000030.npz"
     path.write_bytes(path.read_bytes()[:-9])
-    done = command(tmp_path / "link", tmp_path / "none")
+    done = fork_script(SCRIPT, tmp_path / "link", tmp_path / "none")
     assert done.returncode == 2 and "is damaged" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and done.stderr.count("error") == 1
     assert contents(tmp_path / "empty") == before
     assert {path.name for path in tmp_path.iterdir()} == {"data", "elsewhere", "link", "empty", "target"}
-    done = command("--help")
+    done = fork_script(SCRIPT, "--help")
     assert done.returncode == 0 and "episode_end" in done.stdout
-    assert command("one").returncode == 2
+    assert fork_script(SCRIPT, "one").returncode == 2
 
 
 def test_a_game_is_named_by_the_folder_that_a_link_is_in(tmp_path, logs):

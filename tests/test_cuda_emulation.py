@@ -19,7 +19,9 @@ from cuda_emulation import CaptureError, Graph, HazardError, emulated_cuda
 from runs import HELPERS, ROOT, only_run, outcome, quick, same
 
 OFFLINE = {"total_updates": 90, "iteration_updates": 40, "eval_steps": 60, "num_envs": 3, "checkpoint_every": 30}
-SHORT = {"total_timesteps": 400, "checkpoint_every": 160, "epsilon_decay_steps": 100}
+OFFLINE |= {"batch_size": 8}
+SHORT = {"total_timesteps": 240, "learning_starts": 80, "checkpoint_every": 96, "epsilon_decay_steps": 60}
+SHORT |= {"batch_size": 8}
 
 
 def module(script: str, old: str = "", new: str = ""):
@@ -66,7 +68,7 @@ def graphed_as_eager(tmp_path, monkeypatch, data):
             scalars.append([])
             args = replace(whole, cuda=cuda, runs_dir=str(tmp_path / str(cuda)))
             with emulated_cuda() if cuda else torch.enable_grad():
-                script.main(replace(args, **{length: 60 if offline else 320}))
+                script.main(replace(args, **{length: 60 if offline else 160}))
                 script.main(replace(args, resume=str(only_run(args.runs_dir))))
             assert Graph.replays > 50, "nothing was captured"
         assert scalars[-2] == scalars[-1]

@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -23,7 +22,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import AGENTS, ROOT, Child, assert_same_outcome, at_call, checkpoint, files, notes, quick, read_csv, wait_for
+from runs import (
+    AGENTS,
+    ROOT,
+    Child,
+    assert_same_outcome,
+    at_call,
+    checkpoint,
+    files,
+    notes,
+    quick,
+    read_csv,
+    run_script,
+    wait_for,
+)
 
 import dqn_softmoe
 import rainbow_softmoe
@@ -335,13 +347,6 @@ def test_a_log_that_cannot_be_written_costs_no_round(started, tmp_path, error, m
     assert json.loads((run / "config.json").read_text())["finished"] in (8, 120)
 
 
-def run_script(line: list[str], patch) -> None:
-    """As `python script.py ...` does."""
-    patch()
-    sys.argv = [str(ROOT / line[0]), *line[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
 def no_step(error: Exception, calls=(3,)):
     return lambda: fails(torch.optim.Adam, "step", calls, error)
 
@@ -366,7 +371,11 @@ EXITS = {  # patch, exit code, what stderr has
 @pytest.mark.parametrize("name", ["dqn_softmoe", "cql_softmoe"])
 @pytest.mark.parametrize("patch, code, text", EXITS.values(), ids=EXITS)
 def test_exit_codes(line, tmp_path_factory, patch, code, text):
-    found, _, err = Child(tmp_path_factory.mktemp("child"), run_script, line, patch).wait()
+    def run():
+        patch()
+        run_script(ROOT / line[0], *line[1:])
+
+    found, _, err = Child(tmp_path_factory.mktemp("child"), run).wait()
     assert found == code and text in err and ("Traceback" in err) == (code == 70), err
 
 

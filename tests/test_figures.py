@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import HELPERS, ROOT, only_run, quick, read_csv
+from runs import HELPERS, ROOT, fork_script, only_run, quick, read_csv
 
 import dqn_softmoe
 import moe_layers as moe
@@ -27,10 +27,8 @@ sys.path.append(str(ROOT / "scripts"))
 analyze, collect, evaluate, plot = map(importlib.import_module, ("analyze", "collect", "evaluate", "plot"))
 
 
-def run(script, *given, cwd=None, path=HELPERS):
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", *map(str, given)]
-    path = {"PYTHONPATH": str(path)}
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | path, cwd=cwd)
+def run(script, *given, cwd=ROOT):
+    return fork_script(ROOT / "scripts" / f"{script}.py", *given, cwd=cwd)
 
 
 # -------------------------------------------------------------------------------------------------- collect and plot
@@ -193,7 +191,7 @@ def test_intervals_are_rliable_s():
         values, drawn = scores.T.flatten(), plot.draws(scores.T, options)
         assert plot.iqm(values) == pytest.approx(expected[0][""][0])
         assert plot.bounds(plot.iqm(values[drawn])) == pytest.approx(expected[1][""][:, 0], abs=0.15)
-    better = {"": (x, y)}
+    better, given = {"": (x, y)}, given | {"reps": 400}  # they are slow
     expected = library.get_interval_estimates(
         better, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), **given
     )
@@ -550,16 +548,28 @@ def test_watch_films_the_very_game(layer, tokenization, tmp_path):
     assert frames == 40
 
 
-def test_doctor_says_whether_a_command_will_run(tmp_path):
+def test_doctor_says_whether_a_command_will_run(tmp_path, monkeypatch, capsys):
+    doctor = importlib.import_module("doctor")
+    probe = doctor.probe
+    monkeypatch.setattr(doctor, "probe", lambda script, args, seconds: probe(script, args, seconds / 10))
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    monkeypatch.chdir(tmp_path)
+
+    def said(*command) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["doctor.py", *command])
+        try:
+            return doctor.main(), capsys.readouterr().out
+        except SystemExit as stop:
+            return stop.code, ""
+
     small = "--env-id pixel_game:PixelCatch-v0 --encoder nature --expert-hidden-dim 16 --total-timesteps 3600000"
-    command = ["python", "dqn_softmoe.py", *small.split(), "--buffer-size", "1000", "--no-cuda"]
-    done = run("doctor", *command, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "agent steps/s while learning" in done.stdout and list(tmp_path.iterdir()) == []
-    too_large = run("doctor", *command[:-2], str(10**12), "--total-timesteps", str(10**12), cwd=tmp_path)
-    assert too_large.returncode == 1 and "NO  memory" in too_large.stdout
+    command = ["python", "dqn_softmoe.py", *small.split(), "--no-cuda", "--buffer-size", "1000"]
+    code, out = said(*command)
+    assert code == 0 and "agent steps/s while learning" in out and list(tmp_path.iterdir()) == [], out
+    code, out = said(*command[:-1], str(10**12), "--total-timesteps", str(10**12))
+    assert code == 1 and "NO  memory" in out
     for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
-        assert run("doctor", *given).returncode == 2
+        assert said(*given)[0] == 2
 
 
 CHILD = """
@@ -587,12 +597,12 @@ def test_doctor_waits_for_a_slow_machine_and_does_not_blame_it(wait, said, tmp_p
 
 
 @pytest.mark.parametrize("script, package", [("plot", "matplotlib"), ("watch", "PIL"), ("analyze", "matplotlib")])
-def test_a_missing_package_is_one_line(script, package, tmp_path):
-    (tmp_path / f"{package}.py").write_text(f"raise ImportError('No module named {package}')")
-    done = run(script, "--help", path=tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines() == [
-        f"error: No module named {package}; pip install -r scripts/requirements.txt"
-    ]
+def test_a_missing_package_is_one_line(script, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "plot")  # which analyze imports
+    done = run(script, "--help")
+    why = f"error: import of {package} halted; None in sys.modules"
+    assert done.returncode == 2 and done.stderr.splitlines() == [f"{why}; pip install -r scripts/requirements.txt"]
 
 
 @pytest.mark.parametrize("script", ["scripts/convert_dqn_replay", "dqn_softmoe", "cql_softmoe"])

@@ -99,23 +99,20 @@ def sweep(tmp_path):
 
 
 def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path):
-    run = sweep(400)
-    lines = (tmp_path / "list.txt").read_text()
-    third = lines.splitlines()[0].replace("run1", "run3").replace("PixelCatch", "NoGame")
-    (tmp_path / "list.txt").write_text(f"{lines}{third}\n")
-    assert run("--status").stdout == "0 done, 0 running, 0 failed, 3 to do\n"
-    dry = run("--dry-run")
-    assert dry.stdout.splitlines() == (tmp_path / "list.txt").read_text().splitlines() and "2 at a time" in dry.stderr
+    run = sweep(300, seeds=(1,))
+    line = (tmp_path / "list.txt").read_text()
+    (tmp_path / "list.txt").write_text(line + line.replace("run1", "run2").replace("PixelCatch", "NoGame"))
+    assert run("--status").stdout == "0 done, 0 running, 0 failed, 2 to do\n"
     done = run()
     assert done.returncode == 1, done
     failed, summary = done.stdout.splitlines()
-    assert failed.startswith("line 3 failed (2): error: NameNotFound: "), failed
-    assert summary == "2 done, 0 running, 1 failed, 0 to do"
-    (tmp_path / "list.txt").write_text(lines)  # the mistake is mended
-    before = [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
-    assert run().returncode == 0 and "2 done" in run("--status").stdout
-    assert before == [path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/weights.pt")]
-    assert "0 done" in sweep(800)("--status").stdout  # a longer list goes on with them
+    assert failed.startswith("line 2 failed (2): error: NameNotFound: "), failed
+    assert summary == "1 done, 0 running, 1 failed, 0 to do"
+    (tmp_path / "list.txt").write_text(line)  # the mistake is mended
+    before = (tmp_path / "runs" / "run1" / "weights.pt").stat().st_mtime_ns
+    assert run().returncode == 0 and "1 done" in run("--status").stdout
+    assert before == (tmp_path / "runs" / "run1" / "weights.pt").stat().st_mtime_ns
+    assert "0 done" in sweep(800, seeds=(1,))("--status").stdout  # a longer list goes on with it
 
 
 def test_a_mistake_in_any_line_is_told_before_the_first_one_runs(sweep, tmp_path):
@@ -171,6 +168,8 @@ def test_a_failure_shows_the_line_that_says_why_once_for_all_of_its_lines(tmp_pa
 def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     (tmp_path / "any.list").write_bytes(b"# two commands\r\n\r\ntrue\r\necho last > said")  # no newline at the end
     run = [ROOT / "scripts" / "sweep.sh", tmp_path / "any.list"]
+    assert shell(*run, "--dry-run", cwd=tmp_path).stdout == "true\necho last > said\n"
+    assert not (tmp_path / "said").exists()
     done = shell(*run, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "2 done, 0 running, 0 failed, 0 to do\n"), done
     assert (tmp_path / "said").read_text() == "last\n"
@@ -217,32 +216,30 @@ def test_an_offset_reaches_the_lines_beyond_the_largest_array(tmp_path):
     assert done.returncode == 0 and "line 3, restart 0" in done.stdout and "the third line" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path, number):
-    run = sweep(60_000, flags="--checkpoint-every 400")
+def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(sweep, tmp_path):
+    run = sweep(60_000, flags="--checkpoint-every 200")
     command = [ROOT / "scripts" / "sweep.sh", "--jobs", "2", tmp_path / "list.txt"]
-    settings = {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{HELPERS}"}
-    started = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for(lambda: len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2, "two checkpoints")
-    assert "2 running" in run("--status").stdout
-    os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
-    stdout, stderr = started.communicate(timeout=600)
-    assert stderr == "2 runs are left\n"  # nothing of the shell's own on its jobs
-    assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
-    reached = [checkpoint(path)["progress"]["global_step"] for path in (tmp_path / "runs").iterdir()]
-    assert len(reached) == 2 and min(reached) > 0
-    sweep(max(reached) + 200, flags="--checkpoint-every 400")
-    assert run().returncode == 0
-    assert "2 done" in run("--status").stdout
+    environment = os.environ | {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{HELPERS}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": environment}
+
+    def steps() -> list[int]:
+        folders = [path.parent for path in (tmp_path / "runs").glob("*/checkpoint.pt")]
+        return [checkpoint(folder)["progress"]["global_step"] for folder in folders]
+
+    def start_and_stop(number: int, last: list[int]) -> list[int]:
+        """Returns how far the runs came. They do not begin anew, which would show as an earlier checkpoint."""
+        child = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        started, seen = subprocess.Popen(command, **pipes, **child), []
+        wait_for(lambda: seen.append(steps()) or len(seen[-1]) == 2 and min(seen[-1]) > max(last), "two checkpoints")
+        assert "2 running" in run("--status").stdout
+        os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
+        stdout, stderr = started.communicate(timeout=600)
+        assert stderr == "2 runs are left\n"  # nothing of the shell's own on its jobs
+        assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
+        assert min(min(found) for found in seen if found) >= min(last)
+        return steps()
+
+    start_and_stop(signal.SIGTERM, start_and_stop(signal.SIGINT, [200, 200]))
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,13 @@ import dqn_softmoe
 import rainbow_softmoe
 
 # What each agent needs to learn the pixel game, beside `quick`: four balls are 4, standing still is -2.7.
-DQN = {"learning_rate": 1e-3, "expert_hidden_dim": 64, "num_experts": 4, "eval_episodes": 20, "buffer_size": 10_000}
-DQN |= {"total_timesteps": 6_000, "learning_starts": 500, "epsilon_decay_steps": 1_500}
-DQN |= {"target_network_frequency": 200}
-RAINBOW = DQN | {"total_timesteps": 8_000, "learning_rate": 3e-3, "expert_hidden_dim": 32}
+DQN = {"learning_rate": 2e-3, "expert_hidden_dim": 64, "num_experts": 4, "eval_episodes": 20, "buffer_size": 10_000}
+DQN |= {"total_timesteps": 3_600, "learning_starts": 500, "epsilon_decay_steps": 600, "num_envs": 8, "batch_size": 128}
+DQN |= {"target_network_frequency": 50, "gamma": 0.9}
+RAINBOW = DQN | {"total_timesteps": 4_000, "learning_rate": 3e-3, "expert_hidden_dim": 32}
 RAINBOW |= {"num_atoms": 11, "v_min": -4.0, "v_max": 4.0}
-DER = RAINBOW | {"total_timesteps": 6_000, "learning_rate": 1e-3, "n_step": 3, "target_network_frequency": 100}
-DER |= {"noisy": False, "epsilon_decay_steps": 1_000, "replay_ratio": 0.5, "tokenization": "PerSamp"}
+DER = RAINBOW | {"total_timesteps": 3_600, "learning_rate": 2e-3, "n_step": 3, "noisy": False, "replay_ratio": 0.25}
+DER |= {"tokenization": "PerSamp"}
 PIXEL_GAME = [("dqn_softmoe", DQN | {"layer": layer}) for layer in ("softmoe", "top1moe", "dense")]
 PIXEL_GAME += [("rainbow_softmoe", {name: RAINBOW[name] for name in RAINBOW if name != "epsilon_decay_steps"})]
 PIXEL_GAME += [("der_softmoe", DER)]
@@ -53,8 +53,8 @@ def test_learns_the_pixel_game(agent, settings, quick_args):
     agent.main(args)
     returns = [float(row["episode_return"]) for row in read_csv(only_run(args.runs_dir) / "episodes.csv")]
     result = json.loads((only_run(args.runs_dir) / "eval.json").read_text())["mean_return"]
-    assert result >= 2.8  # over seeds 3.4 to 4.0
-    assert np.mean(returns[-100:]) >= (0.5 if agent is der_softmoe else 2.8)  # its last 100 are half of all
+    assert result >= 2.8  # over seeds 3.1 to 4.0
+    assert np.mean(returns[-20:]) >= 2  # over seeds 3.0 to 4.0
 
 
 def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):

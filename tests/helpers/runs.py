@@ -5,8 +5,11 @@ import gc
 import itertools
 import os
 import re
+import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -123,6 +126,24 @@ class Child:
         """Exit code, or minus the signal that ended it; stdout; stderr."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return code, *(path.read_text() for path in self.paths)
+
+
+def run_script(script: Path, *words) -> None:
+    """As `python script.py words` does."""
+    sys.argv = [str(script), *map(str, words)]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def fork_script(script: Path, *words, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script in a fork, which has no need to import torch again."""
+
+    def run():
+        os.chdir(cwd)
+        run_script(script, *words)
+
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.CompletedProcess([script, *words], *Child(Path(folder), run).wait())
 
 
 def at_call(owner, name: str, numbers, act) -> None:
