@@ -266,19 +266,21 @@ DAMAGES = [
 
 
 def test_damaged_records_are_written_anew(script, args, tmp_path):
-    """A checkpoint keeps the rows. Those of a resumed run are those of an unbroken one."""
+    """A checkpoint keeps the rows, and a resumed run goes on from these."""
     run, names = tmp_path / "run", ["metrics.csv", "episodes.csv"][: 1 if script is cql_softmoe else 2]
     script.main(args)
+    first = [rows_but_speeds(run / name) for name in names]
     shutil.copytree(run, tmp_path / "copy")
     script.main(longer(args, 3))
-    unbroken = [rows_but_speeds(run / name) for name in names]
+    resumed = [rows_but_speeds(run / name) for name in names]
+    assert all(rows[: len(before)] == before != rows for rows, before in zip(resumed, first, strict=True))
     for damage in DAMAGES:
         shutil.rmtree(run)
         shutil.copytree(tmp_path / "copy", run)
         for name in names:
             damage(run / name)
         script.main(longer(args, 3))
-        assert [rows_but_speeds(run / name) for name in names] == unbroken
+        assert [rows_but_speeds(run / name) for name in names] == resumed
 
 
 def rows_but_speeds(path: Path) -> list[dict]:
