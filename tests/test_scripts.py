@@ -12,9 +12,9 @@ from runs import ROOT
 # Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
 BUDGETS = {
     "moe_layers.py": 570,
-    "dqn_softmoe.py": 1_000,
+    "dqn_softmoe.py": 1_005,
     "rainbow_softmoe.py": 1_100,
-    "der_softmoe.py": 1_115,
+    "der_softmoe.py": 1_120,
     "cql_softmoe.py": 985,
     "longest function": 40,
     "main": 75,

@@ -33,7 +33,7 @@ class Oracle:
 
     def add(self, row: Row):
         for lane, *values in zip(self.lanes, *row, strict=True):
-            lane.append(Row(*(np.array(value) for value in values)))
+            lane.append(Row(*(np.asarray(value).copy() for value in values)))
 
     def cut(self):
         for lane in self.lanes:
