@@ -139,6 +139,8 @@ def play(script, args, q_network: nn.Module, options: Options):
         following, reward, terminated, truncated, _ = envs.recv()
         replay.add(frame, action, reward.clip(-1, 1), terminated, truncated)
         frame, start = following, terminated | truncated
+    if not replay.weight.any():
+        raise ValueError(f"--steps {options.steps} is too little: no transition of {args.n_step} steps is complete")
     return replay.sample(options.batch_size)
 
 

@@ -490,6 +490,8 @@ def test_analyze_measures_every_file_of_weights(trained, tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: no run with weights/"
     with pytest.raises(ValueError, match="no such|there are"):
         analyze.main(analyze.Options((trained,), tmp_path, measures=("rank",), **given))
+    with pytest.raises(ValueError, match="--steps 4 is too little"):
+        analyze.main(analyze.Options((trained,), tmp_path, **given | {"steps": 4}))
 
 
 @pytest.mark.usefixtures("numbers_only")
