@@ -53,8 +53,8 @@ def test_learns_the_pixel_game(agent, settings, quick_args):
     agent.main(args)
     returns = [float(row["episode_return"]) for row in read_csv(only_run(args.runs_dir) / "episodes.csv")]
     result = json.loads((only_run(args.runs_dir) / "eval.json").read_text())["mean_return"]
-    assert result >= 2.8  # over seeds 3.1 to 4.0
-    assert np.mean(returns[-20:]) >= 2  # over seeds 3.0 to 4.0
+    assert result >= 2.8  # 3.6 to 4.0 over seeds 2 to 5
+    assert np.mean(returns[-20:]) >= 2  # 3.0 to 4.0 over seeds 2 to 5
 
 
 def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
