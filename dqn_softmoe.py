@@ -731,6 +731,7 @@ def parse_args() -> Args:
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
         return args
+    warnings.filterwarnings("error", module="tyro")  # a value of config.json that its flag does not take
     return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
 
 

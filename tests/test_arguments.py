@@ -302,6 +302,7 @@ DAMAGES = {  # damage to a run of which the checkpoint's path is given -> words 
     "a list": (config(lambda config: [config]), []),
     "another script's": (config(lambda config: config | {"script": "der_softmoe.py"}), ["der_softmoe.py"]),
     "without arguments": (config(lambda config: {"script": config["script"]}), ["args"]),
+    "no such encoder": (config(lambda config: config | {"args": config["args"] | {"encoder": "impalb"}}), ["encoder"]),
     "unknown argument": (config(lambda config: config | {"args": config["args"] | {"sigma": 1}}), ["sigma"]),
 }
 
