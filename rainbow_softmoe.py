@@ -1114,8 +1114,8 @@ def main(args: Args) -> None:
             envs.send(agent.act(frame, epsilon))
             if replay_log and due(replay_log.every, global_step, N):
                 replay_log.write(agent.replay, global_step)
-            if metrics or agent.replay.weight.any():  # nothing can be drawn if every step so far was truncated
-                for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
+            for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
+                if metrics or agent.replay.weight.any():  # nothing can be drawn if every step so far was truncated
                     metrics, output = agent.learn()
             frame, reward, terminated, truncated, over = envs.recv()
             agent.observe(reward.clip(-1, 1), terminated, truncated)

@@ -341,7 +341,7 @@ def main(options: Options) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"machine": where, "options": asdict(options), "cases": [asdict(case) for case in todo]}
     (options.output / "benchmark.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-    hardware = where["gpu"] if options.cuda else f"{where['cpu']}, {where['threads']} threads each"
+    hardware = where["gpu"] if options.cuda else f"{where['cpu']}, threads: {where['threads']}"
     print(
         f"{hardware}; torch {where['torch']}, ale-py {where['ale_py']}; median of {options.turns} turns\n{table(done)}"
     )

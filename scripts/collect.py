@@ -175,7 +175,7 @@ def main(options: Options) -> int:
         changed |= set(its_own)
         table.append((columns, rows))
     if not table:
-        print(*left_out[:10], *["..."][: len(left_out) - 10], sep="\n")
+        print("\n".join(left_out[:10] + ["..."] * (len(left_out) > 10)))
         raise ValueError(f"no finished run among the {len(left_out)} that were given")
     names = ["game", "agent", "layer", "num_experts"]
     names += dict.fromkeys(name for columns, _ in table for name in columns if name in changed)

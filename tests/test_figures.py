@@ -99,6 +99,10 @@ def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path, ca
     assert "Breakout DQN dense 1 encoder=nature: no seed 1, 2 Pong DQN dense 1 encoder=nature: no seed 1" in text
     with pytest.raises(ValueError, match="no finished run"):
         said(going_on, output="none.csv")
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="among the 12 that"):
+        said(*(tmp_path / f"missing{i}" for i in range(12)), output="none.csv")
+    assert [line.count("missing") for line in capsys.readouterr().out.splitlines()] == [2] * 10 + [0]
     assert not (tmp_path / "none.csv").exists()
 
 

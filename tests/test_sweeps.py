@@ -255,6 +255,7 @@ WRONG = [
     (["11"], {"RUNS_DIR": "my runs"}, "no spaces"),
     (["11"], {"DATA": "my data"}, "no spaces"),
     (["1"], {"GAMES": "Pong Brekout"}, "Brekout is no Atari game"),
+    (["1"], {"FLAGS": f"--run-name {200 * 'x'}"}, "FLAGS make the name of a run too long"),
     (["1"], {"SEEDS": "1 two"}, "not two"),
     (["1"], {"STEPS": "1e6"}, "not 1e6"),
     (["10"], {"WEIGHTS_EVERY": "often"}, "not often"),
