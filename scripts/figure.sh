@@ -21,6 +21,8 @@
 #   13 to 15  The encoder before the experts or in each ("Big"), with and without normalised routing. DQN and Rainbow.
 #             A Big expert reads 84 * 84 tokens: routing weights alone take 6 GB at a batch of 32. "All" was not released.
 #   18        Filters of 3x3, 4x4 and 6x6 in the Impala encoder. Rainbow, 8 experts.
+#   drq_eps   Not in the paper: DrQ(eps) with the Nature CNN, dense and with 4 experts, on the 18 games of
+#             drq_eps_100k.csv. --plot also draws the evaluations beside those of the 100 published seeds.
 #   tokenize  "Don't flatten, tokenize!" (Sokar et al., 2024): what of a Soft MoE carries the gain. Rainbow.
 #
 # In the environment GAMES, SEEDS, STEPS (agent steps; updates offline) and RUNS_DIR replace the paper's, FLAGS are added
@@ -47,7 +49,7 @@ drq_eps="--no-distributional --no-noisy --no-prioritized --augment --target-netw
 three=("dense --num-experts 1" "top1moe --num-experts 8" "softmoe --num-experts 8")
 
 # A figure's runs are all combinations of agents, layers and variants, on every game.
-agents=(rainbow) games=$games20 layers=("${three[@]}") variants=("") x=num_experts
+agents=(rainbow) games=$games20 layers=("${three[@]}") variants=("") x=num_experts published=''
 case ${1:-} in
     1) agents=(dqn rainbow) layers=({dense,top1moe,softmoe}" --num-experts "{1,2,4,8}) ;;
     4)
@@ -76,12 +78,16 @@ case ${1:-} in
         agents=(dqn rainbow) layers=("dense --num-experts 1"
             "softmoe --num-experts 8"{," --normalize-router"," --expert-variant big"," --expert-variant big --normalize-router"}) ;;
     18) variants=("" "--impala-filter 4" "--impala-filter 6") x=impala_filter ;;
+    drq_eps)
+        agents=(drq_eps) layers=("dense --num-experts 1" "softmoe --num-experts 4")
+        published=$scripts/drq_eps_100k.csv
+        games=$(tail -n +2 "$published" | cut -d, -f1) ;;
     tokenize)
         layers=({dense,gap,tokenized,softmoe}" --num-experts "{1,4} "softmoe --num-experts 1 --expert-hidden-dim 2048"
             "expert_choice --num-experts 4" "softmoe --num-experts 4 --tokenization "{PerFeat,PerSamp,PerPatch,Shuffled}
             "softmoe --num-experts 4 --capacity-factor "{0.1,0.5}) ;;
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) fail "there is no figure ${1:-without a name}; there are 1, 4 to 18 and tokenize (scripts/figure.sh --help)" ;;
+    *) fail "there is no figure ${1:-without a name}; there are 1, 4 to 18, drq_eps and tokenize (scripts/figure.sh --help)" ;;
 esac
 figure=$1 folder='' unfinished=''
 shift
@@ -142,5 +148,5 @@ elif [ "$figure" = 10 ]; then
     python "$scripts/analyze.py" $(list | sed 's/.* --runs-dir \([^ ]*\) --run-name \([^ ]*\).*/\1\/\2/') -o "$folder"
 else
     list | python "$scripts/collect.py" --list /dev/stdin -o "$folder/results.csv" $unfinished
-    python "$scripts/plot.py" "$folder/results.csv" -o "$folder" --x "$x"
+    python "$scripts/plot.py" "$folder/results.csv" -o "$folder" --x "$x" ${published:+--published "$published"}
 fi

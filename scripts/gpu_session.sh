@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What only a GPU can show, the most telling first, meant for 25 minutes. A stage that fails does not stop the next, but
-# the exit code is 1 then. On an H200 all GPU tests took two minutes by ten workers (PYTEST_ADDOPTS="-n 10", pytest-xdist),
-# and 16 cases of the benchmark three; the whole has only been rehearsed on a CPU.
+# Runs what only a GPU can show: tests, the benchmark, and trainings whose scores others have published. A stage that
+# fails does not stop the next one, but the exit code is then 1. The last stage has only been rehearsed on a CPU.
 #
-#   scripts/gpu_session.sh [--quick] [tests] [graphs] [benchmark] [dqn] [der]      (no names: all)
+#   scripts/gpu_session.sh [--quick] [tests] [graphs] [benchmark] [drq_eps]      (no names: all)
 #
-# Results go to $OUT (default: gpu_session) as they come: a log per stage and run, status.txt with exit codes, the
-# benchmark's files, and the runs' own directories. Called again it goes on: runs that are finished are left alone.
-# --quick is a rehearsal in minutes, on a CPU too, where the first two stages skip their tests.
+# Everything is written to $OUT (default: gpu_session): a log per stage, status.txt with the exit codes, the benchmark's
+# files and the runs. Called again, it leaves finished runs alone. GAMES and SEEDS replace the runs' eight games and one
+# seed, and JOBS is how many of them run at a time (default: 4). PYTEST_ADDOPTS="-n 10" runs the tests in ten processes.
+# --quick is a rehearsal of minutes that works on a CPU, where the first two stages skip their tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-gpu_session}
@@ -15,14 +15,19 @@ quick='' stages='' failed=0
 for word in "$@"; do
     case $word in
         --quick) quick=$word ;;
-        tests | graphs | benchmark | dqn | der) stages="$stages $word" ;;
+        tests | graphs | benchmark | drq_eps) stages="$stages $word" ;;
         *) echo "error: no stage is called $word" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$out"
-export OMP_NUM_THREADS=1
-jobs=$(python -c 'import os, torch; print(16 if torch.cuda.is_available() else os.cpu_count())')
-games="Breakout Pong Qbert Seaquest"
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2
+
+drq_eps() {  # compiling takes half a minute, and a run only two
+    local short="--total-timesteps 160 --learning-starts 80 --iteration-steps 80 --eval-episodes 1"
+    export GAMES=${GAMES:-Breakout Boxing Asterix Seaquest Alien Amidar RoadRunner MsPacman} SEEDS=${SEEDS:-1}
+    export RUNS_DIR=$out/runs FLAGS="--no-compile${quick:+ $short}"
+    scripts/figure.sh drq_eps > "$out/drq_eps.list" && scripts/sweep.sh --jobs "${JOBS:-4}" "$out/drq_eps.list"
+}
 
 stage() {  # name, command
     local start=$SECONDS
@@ -32,32 +37,12 @@ stage() {  # name, command
     echo "$1: exit code $code, $((SECONDS - start)) s" | tee -a "$out/status.txt"
 }
 
-runs() {  # script, flags, "layer game" lines on stdin: side by side, a log each
-    xargs -P "$jobs" -L 1 sh -c "
-        name=\$1-${1%_softmoe.py}-\$0
-        python $1 --layer \$0 --env-id \${1}NoFrameskip-v4 --runs-dir '$out/runs' --run-name \$name --resume auto \
-            --no-checkpoint-at-end $2 > '$out'/\$name.log 2>&1
-        code=\$?; tail -n 1 '$out'/\$name.log; exit \$code"
-}
-
-dqn() {
-    local short="--total-timesteps 600 --learning-starts 400 --iteration-steps 200 --eval-episodes 0"
-    for game in Breakout Pong; do echo "dense $game"; done |
-        runs dqn_softmoe.py "--encoder nature --checkpoint-every 0 --total-timesteps 1000000 ${quick:+$short}"
-}
-
-der() {
-    local short="--total-timesteps 160 --learning-starts 80 --iteration-steps 80 --eval-episodes 0"
-    for layer in dense softmoe; do for game in $games; do echo "$layer $game"; done; done |
-        runs der_softmoe.py "${quick:+$short}"
-}
-
-for name in ${stages:-tests graphs benchmark dqn der}; do
+for name in ${stages:-tests graphs benchmark drq_eps}; do
     case $name in
         tests) stage tests pytest -m cuda -k "not graph" ;;
         graphs) stage graphs pytest -m cuda -k graph ;;
         benchmark) stage benchmark python scripts/benchmark.py $quick --output "$out/benchmark" ;;
-        dqn | der) stage "$name" "$name" ;;
+        drq_eps) stage drq_eps drq_eps ;;
     esac
 done
 exit $failed

@@ -64,7 +64,7 @@ def test_parts_are_captured_where_the_script_captures():
     assert calls == {"update": 0.25, "draw": 0.25, "priorities": 0.25, "act": 0.25, "store": 0.25, "emulation": 0.25}
 
 
-@pytest.mark.parametrize("given, code", [([], 1), (["dqn", "no-stage"], 2)])
+@pytest.mark.parametrize("given, code", [([], 1), (["tests", "no-stage"], 2)])
 def test_a_gpu_session_goes_on_after_a_failure(tmp_path, given, code):
     for name in ("python", "pytest"):
         (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = -c ] && echo 2 || { echo no GPU >&2; exit 3; }\n')
@@ -74,6 +74,6 @@ def test_a_gpu_session_goes_on_after_a_failure(tmp_path, given, code):
     assert done.returncode == code and (tmp_path / "out").exists() == (code == 1)
     if code == 1:
         status = (tmp_path / "out" / "status.txt").read_text().splitlines()
-        assert [line.split(":")[0] for line in status] == ["tests", "graphs", "benchmark", "dqn", "der"]
+        assert [line.split(":")[0] for line in status] == ["tests", "graphs", "benchmark", "drq_eps"]
         assert not any("exit code 0" in line for line in status)
-        assert "no GPU" in (tmp_path / "out" / "Qbert-der-softmoe.log").read_text()
+        assert "no GPU" in (tmp_path / "out" / "drq_eps.log").read_text()

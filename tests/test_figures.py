@@ -330,7 +330,7 @@ def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("numbers_only")
-@pytest.mark.parametrize("name", "1 4 5 6 7 8 9 11 12 13 16 18 tokenize".split())
+@pytest.mark.parametrize("name", "1 4 5 6 7 8 9 11 12 13 16 18 drq_eps tokenize".split())
 def test_one_command_makes_a_figure_from_its_list(name, tmp_path, monkeypatch):
     """What figure.sh calls is done here, in one process, with runs of its list."""
     (tmp_path / "python").write_text('#!/bin/bash\n[[ $1 != *collect.py ]] || cat > runs.list\necho "$@" >> called\n')
@@ -358,9 +358,10 @@ def test_one_command_makes_a_figure_from_its_list(name, tmp_path, monkeypatch):
     options = plot.tyro.cli(plot.Options)
     plot.main(replace(options, repetitions=20))
     methods = [path for path in Path("figures").glob("*_methods.csv") if len(read_csv(path)) > 1]
-    assert len(methods) == (1 if name in ("5", "6", "8", "18", "tokenize") else 2)
+    assert len(methods) == (1 if name in ("5", "6", "8", "18", "drq_eps", "tokenize") else 2)
     over = sorted(Path("figures").glob(f"*_{options.x}.csv"))
-    assert len(over) == (0 if name in ("7", "8", "12", "13", "16") else len(methods))
+    assert len(over) == (0 if name in ("7", "8", "12", "13", "16", "drq_eps") else len(methods))
+    assert Path("figures/drq_eps_published.csv").exists() == (name == "drq_eps")
 
 
 def test_our_runs_stand_beside_published_ones(tmp_path, capsys):

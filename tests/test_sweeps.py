@@ -14,7 +14,7 @@ import pytest
 from runs import HELPERS, ROOT, checkpoint, wait_for
 
 FIGURE = ROOT / "scripts" / "figure.sh"
-FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 tokenize".split()
+FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 drq_eps tokenize".split()
 PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
 SMALL = "--encoder nature --expert-hidden-dim 16 --learning-starts 200 --buffer-size 1000 --iteration-steps 200 "
 SMALL += "--eval-episodes 1 --target-network-frequency 100 --no-cuda"
