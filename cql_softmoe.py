@@ -31,7 +31,6 @@ import time
 import traceback
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +72,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 10  # games that an evaluation plays at once
     sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 0  # a game starts with 0 to noop_max - 1 no-op steps of 4 frames (DER: 30; Atari only)
+    noop_max: int = 0  # a game starts with up to 4 * (noop_max - 1) no-op frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = False  # a lost life clears the stack in evaluation, as in such data (Atari only)
 
     # Network
@@ -172,9 +171,8 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        make_encoder = functools.partial(nature_cnn, width=args.encoder_width)
-        if args.encoder == "impala":
-            make_encoder = functools.partial(impala_cnn, width=args.encoder_width, kernel=args.impala_filter)
+        encoders = {"nature": nature_cnn, "impala": functools.partial(impala_cnn, kernel=args.impala_filter)}
+        make_encoder = functools.partial(encoders[args.encoder], width=args.encoder_width)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
@@ -233,11 +231,11 @@ def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tenso
 
 
 def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: Args) -> tuple:
-    """C51's or DQN's loss plus `cql_alpha` times CQL's regulariser (Kumar et al., 2020, eq. 4: CQL(H)).
+    """C51's loss or the Huber loss of Q-values, plus `cql_alpha` times CQL's regulariser (Kumar et al., 2020, eq. 4).
 
-    C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017). DQN: Huber
-    loss to `reward + discount * max_a Q_target(next_obs, a)`. CQL: mean of logsumexp_a Q(obs, a) - Q(obs, action), on
-    expected returns. Returns the loss (0-D), 0-D metrics, and the online network's MoEOutput or None.
+    C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017). Else:
+    Huber loss to `reward + discount * max_a Q_target(next_obs, a)`. CQL: mean of logsumexp_a Q(obs, a) - Q(obs, a_data)
+    on expected returns. Returns the loss (0-D), 0-D metrics, and the online network's MoEOutput or None.
     """
     support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
@@ -278,7 +276,7 @@ class Dataset(nn.Module):
 
     `folder` has flat arrays: frames.npy and so on. Row r of environment i is at place r * N + i, so the next step of an
     environment is N places later. Frame stacks and n-step returns are assembled when a transition is drawn. Only the
-    places in `drawable` are drawn. The step after a `truncated` one is not in the data. A truncated step is therefore
+    places in `drawable` are drawn. The frame that follows a `truncated` step is not in the data. That step is therefore
     never drawn, and windows that reach it bootstrap from its frame. Shapes are fixed and nothing waits for the device,
     so that `sample` runs in CUDA graphs.
     """
@@ -358,14 +356,12 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     return cache, metadata["num_envs"]
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    """Return the CRC-32 of each array. Later they are only mapped, and damage would go unnoticed."""
+def checksums(folder: Path) -> dict[str, str]:
+    """Return a checksum of each array. Later the arrays are only mapped, and damage would go unnoticed."""
     found = {}
     for path in sorted(folder.glob("*.npy")):
         with open(path, "rb") as file:
-            found[path.name] = 0
-            while block := file.read(2**24):
-                found[path.name] = zlib.crc32(block, found[path.name])
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -383,8 +379,7 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
     start, expected, end = 0, 0, 0  # next place; agent step after the used part, and after the segment
     print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
-    with contextlib.ExitStack() as stack:
-        stop = stop_on_signals(stack)
+    with stop_on_signals() as stop:
         for path, used in zip(tqdm(paths, desc="unpacking", unit="segment", **BAR), rows, strict=True):
             segment = read_segment(path, num_envs, envs.frame_shape, envs.num_actions, end)
             places = slice(start, start + used * num_envs)
@@ -405,16 +400,16 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
 
 
 def load_segment(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of a segment. ValueError for any damage: the archive's checksums are at the end of each array."""
+    """Return the arrays of a segment. ValueError for any damage."""
     arrays = {}
     try:
         if not path.is_file():
-            raise ValueError("it is no file")  # a pipe would be waited for
+            raise ValueError("it is not a file")  # opening a pipe would wait for its writer
         with zipfile.ZipFile(path) as archive:
             for name in names:
                 with archive.open(f"{name}.npy") as file:
                     arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                    if file.read(1):
+                    if file.read(1):  # the checksum is compared when the end of the array is read
                         raise ValueError(f"{name} is longer than its header says")
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -422,9 +417,9 @@ def load_segment(path: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def read_segment(path: Path, num_envs: int, frame_shape: tuple, num_actions: int, end: int) -> dict[str, np.ndarray]:
-    """The arrays (N, rows, ...) of a segment that begins at agent step `end` or later.
+    """Return the arrays (N, rows, ...) of a segment that begins at agent step `end` or later.
 
-    ValueError, with the file and the array, for what `ReplayLog` does not write.
+    Raises ValueError, with the file and the array, for anything that `ReplayLog` does not write.
     """
     arrays = load_segment(path, [*Dataset.FIELDS])
     if int(path.stem) < end or int(path.stem) % num_envs:
@@ -436,7 +431,7 @@ def read_segment(path: Path, num_envs: int, frame_shape: tuple, num_actions: int
             raise ValueError(f"{path}: {name} is {array.dtype} {array.shape}, not {Dataset.FIELDS[name]} {expected}")
         low, high = bounds.get(name, (0, 255))
         numbers = array.view(np.uint8) if array.dtype == bool else array
-        if name in bounds and not ((numbers >= low) & (numbers <= high)).all():  # a NaN is not either
+        if name in bounds and not ((numbers >= low) & (numbers <= high)).all():  # false for a NaN
             raise ValueError(f"{path}: {name} has values that are not from {low} to {high}")
     if (arrays["terminated"] & arrays["truncated"]).any():
         raise ValueError(f"{path}: truncated has a row that is terminated, too")
@@ -472,6 +467,7 @@ class Environments:
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
         else:
+            args.check_effect("sticky_actions noop_max terminal_on_life_loss", False, "an Atari game")
             self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
         shape = space.shape or ()
@@ -538,9 +534,10 @@ BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.
 
 
 def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, stop: threading.Event) -> list[float]:
-    """Raw returns of whole games at `eval_epsilon`: each environment plays its share of `eval_steps` and its last game.
+    """Return the raw returns of whole games, played in parallel at `eval_epsilon`.
 
-    A game counts up to `MAX_EPISODE_STEPS`, or to a signal. Training's random state is left as it was.
+    Each environment plays its share of `eval_steps` and then finishes its last game. A game is cut after
+    `MAX_EPISODE_STEPS`. A signal ends the evaluation. Training's random state does not change.
     """
     N, device = args.num_envs, next(q_network.parameters()).device
     obs = torch.zeros(N, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
@@ -626,7 +623,8 @@ class Agent:
 
     def __init__(self, args: Args, envs: Environments):
         device = open_device(args)
-        graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
+        graphs = args.cuda_graphs and device.type == "cuda"
+        compiled = args.compile and device.type == "cuda"
         self.args, self.device = args, device
         networks = (QNetwork(args, (STACK_SIZE, *envs.frame_shape), envs.num_actions).to(device) for _ in range(2))
         self.q_network, self.target_network = networks
@@ -659,7 +657,7 @@ class Agent:
     def update(self, *batch: Tensor) -> tuple:
         """One step of gradient descent on a `Batch`."""
         batch = Batch(*(x.to(self.device) for x in batch))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss, metrics, output = self.loss(self.q_network, self.target_network, batch, self.args)
         loss.backward()
         self.optimizer.step()
@@ -680,10 +678,11 @@ class Agent:
 
     def load(self, path: Path) -> dict:
         """Restore what `save` wrote and return its progress."""
-        state, capturable = read_file(path), self.optimizer.defaults["capturable"]
+        state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
+        capturable = self.optimizer.defaults["capturable"]  # the run may have moved to another device
+        self.optimizer.param_groups[0]["capturable"] = capturable
         for generator, random in zip(self.generators, state["random"], strict=False):
             generator.set_state(random)
         return state["progress"]
@@ -712,15 +711,21 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
-def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """Return an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set until `stack` closes. A second signal is final."""
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set. The second signal of a kind ends the process."""
     stop = threading.Event()
-    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
-        number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
-            old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
-            stack.callback(signal.signal, number, old)
-    return stop
+
+    def handle(number: int, _) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    with contextlib.ExitStack() as stack:
+        for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
+                stack.callback(signal.signal, number, signal.signal(number, handle))
+        yield stop
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -835,7 +840,8 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
     saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old, new = ({"script": run["script"], **run["args"]} for run in (saved, config))
+    old = {"script": saved["script"], **saved["args"]}
+    new = {"script": config["script"], **config["args"]}
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
@@ -862,13 +868,15 @@ class RunLog:
     HEADERS = {"metrics.csv": "iteration,updates,episodes,mean_return,td_loss,cql_loss,q_data,q_greedy,ups"}
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
-        update = progress["update"]
+        self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
         self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
-        last = ["0,0,0,-", *self.rows["metrics.csv"]][-1].split(",")
-        self.evaluated, self.score = int(last[1]), last[3]
-        self.tensorboard, self.path = SummaryWriter(str(run_dir), purge_step=update + 1), run_dir / "checkpoint.pt"
-        self.iteration_updates, self.started = args.iteration_updates, (update, time.monotonic())
+        rows = [row.split(",") for row in self.rows["metrics.csv"]]
+        self.evaluated = int(rows[-1][1]) if rows else 0  # update of the last evaluation
+        self.score = rows[-1][3] if rows else "-"
+        update = progress["update"]
+        self.tensorboard = SummaryWriter(str(run_dir), purge_step=update + 1)
+        self.started = update, time.monotonic()
         self.bar = tqdm(total=args.total_updates, initial=update, unit="update", unit_scale=True, **BAR)
 
     def write(self, name: str, *values) -> None:
@@ -890,9 +898,9 @@ class RunLog:
 
     def iteration(self, update: int, ups: float, values: dict[str, float], returns: list[float]) -> None:
         """Write the paper's score, the mean raw return of the evaluation, and the losses of the last update."""
-        number, self.evaluated = math.ceil(update / self.iteration_updates) - 1, update
-        self.score = f"{np.mean(returns):.4f}"
+        self.evaluated, self.score = update, f"{np.mean(returns):.4f}"
         losses = [f"{values[f'losses/{name}']:.6g}" for name in ("td_loss", "cql_loss", "q_data", "q_greedy")]
+        number = len(self.rows["metrics.csv"])
         self.write("metrics.csv", number, update, len(returns), self.score, *losses, f"{ups:.1f}")
         self.scalars(update, {"charts/eval_return": np.mean(returns)})
         self.started = update, time.monotonic()  # the time of the evaluation does not count
@@ -968,7 +976,7 @@ def main(args: Args) -> None:
             return
         agent = Agent(args, envs)
         transitions = len(agent.data.drawable)
-        progress = {"update": 0, "values": {}, "transitions": transitions}
+        progress = {"update": 0, "metrics": {}, "transitions": transitions}
         if (run_dir / "checkpoint.pt").exists():
             with one_line_errors(Exception):  # a damaged file can raise nearly anything
                 progress = agent.load(run_dir / "checkpoint.pt")
@@ -984,11 +992,9 @@ def main(args: Args) -> None:
             (run_dir / "weights").mkdir(exist_ok=True)
         log = RunLog(run_dir, args, progress)
 
-    saved, saved_update, update = True, progress["update"], progress["update"]
-    noted = LOG_EVERY, args.iteration_updates, args.checkpoint_every  # updates whose losses are kept
-    with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
-        stack.callback(log.close)
-        stop = stop_on_signals(stack)
+    saved, unsaved, update = True, False, progress["update"]
+    metrics, output = progress["metrics"], None
+    with one_line_errors(OSError, FloatingPointError), contextlib.closing(log), stop_on_signals() as stop:
         try:
             while not stop.is_set():
                 if due(args.iteration_updates, update, args) and update > log.evaluated:
@@ -996,28 +1002,28 @@ def main(args: Args) -> None:
                     returns = evaluate(agent.q_network, args, envs, seed, stop)
                     if stop.is_set():
                         break  # the resumed run repeats this evaluation
-                    log.iteration(update, ups, progress["values"], returns)
-                if due(args.checkpoint_every, update, args) and update > saved_update:
-                    saved, saved_update = checkpoint(agent, run_dir, log, progress), update
+                    log.iteration(update, ups, to_floats(metrics, output), returns)
+                    unsaved = True
+                if due(args.checkpoint_every, update, args) and unsaved:
+                    saved, unsaved = checkpoint(agent, run_dir, log, progress), False
                 if update >= args.total_updates:
                     break
                 metrics, output = agent.learn()
                 update += 1
-                progress["update"] = update
+                unsaved = True
+                progress |= {"update": update, "metrics": metrics}
                 if update % args.target_network_frequency == 0:
                     agent.update_target()
-                if any(due(every, update, args) for every in noted):
-                    progress["values"] = to_floats(metrics, output)
                 if due(LOG_EVERY, update, args):
-                    log.update(update, progress["values"])
+                    log.update(update, to_floats(metrics, output))
                 if due(args.weights_every, update, args):
                     write_weights(run_dir / "weights" / f"{update}.pt", agent.q_network)
                 log.bar.update()
         except OSError:  # a full disk or a closed pipe: the updates done so far are not lost
-            if update > saved_update:
+            if unsaved:
                 checkpoint(agent, run_dir, log, progress)
             raise
-        if update > saved_update:
+        if unsaved:
             saved = checkpoint(agent, run_dir, log, progress)
         log.bar.close()
         if not stop.is_set():

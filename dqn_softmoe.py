@@ -9,8 +9,8 @@ Needs `moe_layers.py` beside it and nothing else of this repository.
 Differs on purpose from the authors' code (google/dopamine, labs/moes); tests/README.md has the whole table:
 - Four environments step in parallel, and the one update per four agent steps runs while they emulate.
 - A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved.
-- The last step of an episode is learned from. An n-step return that a time limit or a checkpoint cuts off bootstraps
-  from the last frame before the cut.
+- The step that ends an episode is learned from. A step at which a time limit or a checkpoint cuts one is not, and
+  n-step returns that reach it bootstrap from its frame.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Args(moe.LayerArgs):
     # Environment
     num_envs: int = 4  # environments stepped in parallel; one round is `num_envs` agent steps
     sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
-    noop_max: int = 0  # a game starts with 0 to noop_max - 1 no-op steps of 4 frames (DER: 30; Atari only)
+    noop_max: int = 0  # a game starts with up to 4 * (noop_max - 1) no-op frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = False  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
     # Network
@@ -160,9 +160,8 @@ class QNetwork(nn.Module):
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], num_actions: int):
         super().__init__()
-        make_encoder = functools.partial(nature_cnn, width=args.encoder_width)
-        if args.encoder == "impala":
-            make_encoder = functools.partial(impala_cnn, width=args.encoder_width, kernel=args.impala_filter)
+        encoders = {"nature": nature_cnn, "impala": functools.partial(impala_cnn, kernel=args.impala_filter)}
+        make_encoder = functools.partial(encoders[args.encoder], width=args.encoder_width)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         with torch.no_grad():
@@ -227,9 +226,9 @@ class ReplayBuffer(nn.Module):
     Row r of environment i is at place r * N + i of every array, so the next step of an environment is N places later.
     Frame stacks and n-step returns are assembled when a transition is drawn. Its `weight` is 1 while it can be drawn,
     and 0 otherwise: from when its n-step window is complete until the oldest frame of its stack is overwritten. The
-    step after a `truncated` one is not stored. A truncated step is therefore never drawn, and windows that reach it
-    bootstrap from its frame. Shapes are fixed and nothing waits for the device, so that `add` and `sample` run in CUDA
-    graphs. Raises ValueError if the ring is too small for one stack and window.
+    frame that follows a `truncated` step is not in the ring. That step is therefore never drawn, and windows that reach
+    it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so that `add` and `sample` run in
+    CUDA graphs. Raises ValueError if the ring is too small for one stack and window.
     """
 
     FIELDS = ("frames", "action", "reward", "terminated", "truncated")
@@ -260,7 +259,7 @@ class ReplayBuffer(nn.Module):
         place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)
         for name, values in zip(self.FIELDS, (frame, action, reward, terminated, truncated), strict=True):
             buffer = self.get_buffer(name)
-            buffer.index_copy_(0, place, torch.as_tensor(values, device=buffer.device).to(buffer.dtype))
+            buffer.index_copy_(0, place, torch.as_tensor(values).to(buffer))
         complete = self.later(place, -len(self.window_offsets))  # their n-step windows end at this row
         expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks is overwritten
         self.weight.index_copy_(0, complete, ~self.truncated[complete] * self.new_weight)
@@ -280,9 +279,9 @@ class ReplayBuffer(nn.Module):
 
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
-        ends = self.weight.cumsum(dim=0)  # (places,)
-        draw = torch.rand(batch_size, dtype=torch.float64, device=ends.device)
-        return self.gather(torch.searchsorted(ends, draw * ends[-1], right=True))
+        cumulative = self.weight.cumsum(dim=0)  # (places,)
+        draw = torch.rand(batch_size, dtype=torch.float64, device=cumulative.device) * cumulative[-1]
+        return self.gather(torch.searchsorted(cumulative, draw, right=True))
 
     def gather(self, index: Tensor) -> Batch:
         """Return the transitions that start at places (B,)."""
@@ -309,7 +308,7 @@ class ReplayBuffer(nn.Module):
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the written rows, on the host. Through NumPy, so that torch.save writes a slice alone."""
+        """Return the written rows, on the host. They pass through NumPy, or torch.save would write the whole ring."""
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
@@ -322,7 +321,9 @@ class ReplayBuffer(nn.Module):
 
 def free_memory() -> float:
     """Return the bytes of host memory that are free for this process: in the system and in its cgroups (Linux)."""
-    v1, v2 = ("/memory", "memory.limit_in_bytes", "total_rss"), ("", "memory.max", "anon")
+    # Folder of a version of cgroups, file of the limit, and the name of the memory in use in memory.stat.
+    v1 = "/memory", "memory.limit_in_bytes", "total_rss"
+    v2 = "", "memory.max", "anon"
     with contextlib.suppress(OSError):  # not Linux
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -378,6 +379,7 @@ class Environments:
             form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
             self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
         else:
+            args.check_effect("sticky_actions noop_max terminal_on_life_loss", False, "an Atari game")
             self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
         shape = space.shape or ()
@@ -529,8 +531,9 @@ class Agent:
 
     def __init__(self, args: Args, envs: Environments):
         device = open_device(args)
-        graphs, compiled = (device.type == "cuda" and wanted for wanted in (args.cuda_graphs, args.compile))
-        self.args, self.device, self.outcome = args, device, None
+        graphs = args.cuda_graphs and device.type == "cuda"
+        compiled = args.compile and device.type == "cuda"
+        self.args, self.device = args, device
         self.obs = torch.zeros(args.num_envs, STACK_SIZE, *envs.frame_shape, dtype=torch.uint8, device=device)
         self.action = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
         networks = (QNetwork(args, self.obs.shape[1:], envs.num_actions).to(device) for _ in range(2))
@@ -552,43 +555,19 @@ class Agent:
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
             # A replay on the host cannot be in a graph.
-            names = ("store_and_choose", "learn") if place == device else ("choose", "update")
+            names = ("act", "observe", "learn") if place == device else ("act", "update")
             for name in names:
                 setattr(self, name, CudaGraph(getattr(self, name)))
 
-    def act(self, frame: np.ndarray, epsilon: float) -> np.ndarray:
-        """Store the outcome of the last actions, if any. Returns actions (N,) for the newest frames (N, H, W)."""
-        if self.outcome is None:  # new games have started
-            action = self.choose(frame, np.ones(len(frame), bool), epsilon)
-        else:
-            action = self.store_and_choose(frame, *self.outcome, epsilon)
-        self.outcome = None
-        return action.cpu().numpy()
-
-    def observe(self, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:
-        """Keep the outcome of the last actions, all (N,), until the next call of `act` or `end_episodes`."""
-        self.outcome = reward, terminated, truncated
-
-    def end_episodes(self) -> None:
-        """Store the outcome of the last actions and truncate the running episodes, because new games will start."""
-        self.store(*self.outcome)
-        self.outcome = None
-        self.replay.cut()
-
-    def choose(self, frame, start, epsilon) -> Tensor:
-        """Return actions (N,) on the device. `start` (N,) says whether a frame is the first of its episode."""
+    def act(self, frame, start, epsilon) -> Tensor:
+        """Return actions (N,) for frames (N, H, W). `start` (N,) says whether a frame is the first of its episode."""
         frame, start, epsilon = (torch.as_tensor(x, device=self.device) for x in (frame, start, epsilon))
         return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))
 
-    def store(self, reward, terminated, truncated) -> None:
-        """Add a row to the replay: the newest frames, the last actions and their outcome (N,)."""
+    def observe(self, reward, terminated, truncated) -> None:
+        """Add a row to the replay: the newest frames, the last actions and their outcome, all (N,)."""
         outcome = (torch.as_tensor(x, device=self.replay.cursor.device) for x in (reward, terminated, truncated))
         self.replay.add(self.obs[:, -1], self.action, *outcome)
-
-    def store_and_choose(self, frame, reward, terminated, truncated, epsilon) -> Tensor:
-        """Call `store` and `choose` in one CUDA graph, so that the inputs are copied to the device once."""
-        self.store(reward, terminated, truncated)
-        return self.choose(frame, terminated | truncated, epsilon)
 
     def learn(self) -> tuple:
         """Draw a batch and update on it. Returns the metrics and the MoEOutput of the loss."""
@@ -597,7 +576,7 @@ class Agent:
     def update(self, *batch: Tensor) -> tuple:
         """One step of gradient descent on a `Batch`."""
         batch = Batch(*(x.to(self.device) for x in batch))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss, metrics, output = self.loss(self.q_network, self.target_network, batch, self.args)
         loss.backward()
         self.optimizer.step()
@@ -618,10 +597,11 @@ class Agent:
 
     def load(self, path: Path) -> dict:
         """Restore what `save` wrote and return its progress."""
-        state, capturable = read_file(path), self.optimizer.defaults["capturable"]
+        state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.optimizer.param_groups[0]["capturable"] = capturable  # the run may have moved to another device
+        capturable = self.optimizer.defaults["capturable"]  # the run may have moved to another device
+        self.optimizer.param_groups[0]["capturable"] = capturable
         for generator, random in zip(self.generators, state["random"], strict=False):
             generator.set_state(random)
         return state["progress"]
@@ -650,15 +630,21 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
-def stop_on_signals(stack: contextlib.ExitStack) -> threading.Event:
-    """Return an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set until `stack` closes. A second signal is final."""
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM, SIGINT, SIGHUP and SIGUSR1 set. The second signal of a kind ends the process."""
     stop = threading.Event()
-    for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
-        number = getattr(signal, name)
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
-            old = signal.signal(number, lambda number, _: (stop.set(), signal.signal(number, signal.SIG_DFL)))
-            stack.callback(signal.signal, number, old)
-    return stop
+
+    def handle(number: int, _) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    with contextlib.ExitStack() as stack:
+        for name in {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):  # Windows has only two of them
+            number = getattr(signal, name)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, for example
+                stack.callback(signal.signal, number, signal.signal(number, handle))
+        yield stop
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -770,7 +756,8 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
     saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old, new = ({"script": run["script"], **run["args"]} for run in (saved, config))
+    old = {"script": saved["script"], **saved["args"]}
+    new = {"script": config["script"], **config["args"]}
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
@@ -840,11 +827,12 @@ class RunLog:
     }
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
-        self.args, self.path, global_step = args, run_dir / "checkpoint.pt", progress["global_step"]
+        self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
         self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
         self.returns = [float(row.split(",")[1]) for row in self.rows["episodes.csv"]]
-        self.counted = sum(int(row.split(",")[2]) for row in self.rows["metrics.csv"])  # episodes of past iterations
+        self.scored = sum(int(row.split(",")[2]) for row in self.rows["metrics.csv"])  # episodes of past iterations
+        global_step = progress["global_step"]
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
         self.started = global_step, time.monotonic()
         self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, **BAR)
@@ -869,7 +857,7 @@ class RunLog:
         for i in np.flatnonzero(over):
             episode_return, length = self.running_return[i], self.running_length[i]
             self.returns.append(episode_return)
-            self.write("episodes.csv", global_step, f"{episode_return:.10g}", length)
+            self.write("episodes.csv", global_step, f"{episode_return:.17g}", length)
             self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
         self.running_return[over], self.running_length[over] = 0, 0
         self.bar.update(len(over))
@@ -887,8 +875,10 @@ class RunLog:
 
     def iteration(self, global_step: int) -> None:
         """Write the paper's score: mean raw return of the episodes that ended in the last `iteration_steps`."""
-        returns, self.counted = self.returns[self.counted :], len(self.returns)
-        number, mean = global_step // self.args.iteration_steps - 1, f"{np.mean(returns):.4f}" if returns else ""
+        returns = self.returns[self.scored :]
+        self.scored = len(self.returns)
+        number = global_step // self.args.iteration_steps - 1
+        mean = f"{np.mean(returns):.4f}" if returns else ""
         self.write("metrics.csv", number, global_step, len(returns), mean, f"{self.sps(global_step):.1f}")
         self.scalars(global_step, {"charts/iteration_return": np.mean(returns)} if returns else {})
         self.started = global_step, time.monotonic()
@@ -930,9 +920,14 @@ def updates_until(step: int, args: Args) -> int:
     return int(max(step - args.learning_starts, 0) * args.replay_ratio)
 
 
+def epsilon_at(step: int, args: Args) -> float:
+    """Probability of a random action: 1 until learning starts, then a linear decay to `end_epsilon`."""
+    return np.interp(step - args.learning_starts, (0, args.epsilon_decay_steps), (1, args.end_epsilon))
+
+
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog | None, global_step: int) -> bool:
     """Cut the running episodes and save. Returns False, after a warning, if the file cannot be written."""
-    agent.end_episodes()
+    agent.replay.cut()
     try:
         if replay_log:
             replay_log.write(agent.replay, global_step)
@@ -955,7 +950,7 @@ def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: thr
         result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
         result |= {"global_step": global_step, "returns": returns}
         write_json(run_dir / "eval.json", result)
-        log.scalars(global_step + 1, {"charts/eval_return": mean})  # one later: a resumed run purges it
+        log.scalars(global_step + 1, {"charts/eval_return": mean})  # one later: resuming purges it
         print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
 
 
@@ -981,14 +976,15 @@ def main(args: Args) -> None:
         if args.resume == "auto" and config["finished"] >= args.total_timesteps:
             print(f"{run_dir} is finished")
             return
-        agent, progress = Agent(args, envs), {"global_step": 0}
+        agent = Agent(args, envs)
+        progress = {"global_step": 0}
         if (run_dir / "checkpoint.pt").exists():
             with one_line_errors(Exception):  # a damaged file can raise nearly anything
                 progress = agent.load(run_dir / "checkpoint.pt")
         elif config["finished"] or args.resume not in (None, "auto"):
             raise ValueError(f"--resume {args.resume}: {run_dir} has no checkpoint to continue from")
         global_step = new_games_step = progress["global_step"]
-        if global_step - args.total_timesteps >= args.num_envs:
+        if global_step >= args.total_timesteps + args.num_envs:  # the last round may pass the total
             raise ValueError(f"--total-timesteps {args.total_timesteps}: the run has done {global_step} already")
         write_json(run_dir / "config.json", config | {"finished": 0})
         print(describe(args, run_dir, envs, agent), flush=True)
@@ -998,19 +994,17 @@ def main(args: Args) -> None:
         log = RunLog(run_dir, args, progress)
 
     saved, metrics, output, N = True, {}, None, args.num_envs
-    with one_line_errors(OSError, FloatingPointError), contextlib.ExitStack() as stack:
-        stack.callback(log.close)
-        stop = stop_on_signals(stack)
-        # A round acts, learns while the games emulate, and receives the outcome of the actions. The agent stores the
-        # outcome when it acts next, because one CUDA graph does both. A checkpoint ends the running games. The next
-        # round starts new ones, with a seed that follows from the step, so that a resumed run equals an unbroken one.
+    with one_line_errors(OSError, FloatingPointError), contextlib.closing(log), stop_on_signals() as stop:
+        # A round chooses actions, learns while the games emulate, and stores the outcome of the actions. A checkpoint
+        # ends the running games. The next round starts new ones, with a seed that follows from the step, so that a
+        # resumed run equals an unbroken one.
         while global_step < args.total_timesteps and not stop.is_set():
             if global_step == new_games_step:
                 frame = envs.reset(reset_seed(args.seed, global_step))
+                start = np.ones(N, bool)
                 log.new_games()
-            decay = (0, args.epsilon_decay_steps), (1, args.end_epsilon)
-            epsilon = np.interp(global_step - args.learning_starts, *decay)
-            envs.send(agent.act(frame, epsilon))
+            epsilon = epsilon_at(global_step, args)
+            envs.send(agent.act(frame, start, epsilon).cpu().numpy())
             if replay_log and due(replay_log.every, global_step, N):
                 replay_log.write(agent.replay, global_step)
             for _ in range(updates_until(global_step + N, args) - updates_until(global_step, args)):
@@ -1018,6 +1012,7 @@ def main(args: Args) -> None:
                     metrics, output = agent.learn()
             frame, reward, terminated, truncated, over = envs.recv()
             agent.observe(reward.clip(-1, 1), terminated, truncated)
+            start = terminated | truncated
             global_step += N
             if due(args.target_network_frequency, global_step, N):
                 agent.update_target()

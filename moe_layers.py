@@ -174,16 +174,17 @@ class BigExperts(nn.Module):
 
     def __init__(self, make_encoder, num_experts: int, num_slots: int, token_dim: int, hidden_dim: int, *, noisy: bool):
         super().__init__()
-        encoders, side = [make_encoder() for _ in range(num_experts)], math.isqrt(num_slots)
+        encoders = [make_encoder() for _ in range(num_experts)]
+        self.side = math.isqrt(num_slots)
         parameters, _ = torch.func.stack_module_state(encoders)  # (E, ...) each
         # A ParameterDict takes no dots in its names.
         self.encoders = nn.ParameterDict({name.replace(".", "-"): x.detach() for name, x in parameters.items()})
-        self.encoder, self.image = [encoders[0]], (side, side, token_dim)  # in a list, so that it is no submodule
-        size = encoders[0](torch.zeros(1, token_dim, side, side)).numel()
+        self.encoder = [encoders[0]]  # in a list, so that it is no submodule
+        size = encoders[0](torch.zeros(1, token_dim, self.side, self.side)).numel()
         self.experts = Experts(num_experts, size, hidden_dim, out_dim=num_slots * token_dim, noisy=noisy)
 
     def forward(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        images = slots.unflatten(2, self.image[:2]).permute(1, 0, 4, 2, 3)  # (E, B, D, side, side)
+        images = slots.unflatten(2, (self.side, self.side)).permute(1, 0, 4, 2, 3)  # (E, B, D, side, side)
         parameters = {name.replace("-", "."): x for name, x in self.encoders.items()}
         encode = torch.vmap(functools.partial(torch.func.functional_call, self.encoder[0]))
         features = encode(parameters, images)  # (E, B, C, h, w)
@@ -319,8 +320,7 @@ class Top1MoE(nn.Module):
         return apply_experts(tokens, self.route(tokens), self.experts)
 
     def route(self, tokens: Tensor) -> Routing:
-        logits = self.router(tokens)  # (B, T, E)
-        noisy_logits = logits
+        logits = noisy_logits = self.router(tokens)  # (B, T, E)
         if self.training and self.router_noise_std > 0:
             noisy_logits = logits + self.router_noise_std * torch.randn_like(logits)
         probs = noisy_logits.softmax(dim=2)

@@ -143,15 +143,14 @@ def parts_of(script, agent, envs) -> tuple[dict, dict]:
     N = args.num_envs
     frame, action = np.zeros((N, *envs.frame_shape), np.uint8), np.zeros(N, np.int64)
     number, flag = np.zeros(N), np.zeros(N, bool)
-    policy, add = graph(agent.choose), graph(replay.add)
 
     def emulate():
         envs.send(action)
         envs.recv()
 
     envs.reset(0)
-    parts["act"] = lambda: policy(frame, flag, np.float64(0)).cpu()
-    parts |= {"store": lambda: add(frame, action, number, flag, flag), "emulation": emulate}
+    parts["act"] = lambda: agent.act(frame, flag, np.float64(0)).cpu()
+    parts |= {"store": lambda: agent.observe(number, flag, flag), "emulation": emulate}
     return parts, calls | dict.fromkeys(("act", "store", "emulation"), 1 / N)
 
 

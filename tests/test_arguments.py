@@ -161,6 +161,8 @@ REFUSED = [  # arguments -> words; frames of the pixel game are 12x12, features 
     ({"capacity_factor": 0.5, "layer": "tokenized"}, ["--capacity-factor has no effect", "softmoe"]),
     ({"expert_variant": "big", "layer": "top1moe"}, ["--expert-variant has no effect", "softmoe"]),
     ({"impala_filter": 4, "encoder": "nature"}, ["--impala-filter has no effect", "impala"]),
+    ({"sticky_actions": 0.1}, ["--sticky-actions has no effect", "Atari"]),
+    ({"terminal_on_life_loss": True}, ["--terminal-on-life-loss has no effect", "Atari"]),
     ({"importance_weight": 2.0}, ["--importance-weight has no effect", "importance"]),
     ({"importance_weight": 2.0, "layer": "top1moe", "load_balancing": "load"}, ["--importance-weight has no effect"]),
     ({"load_weight": 2.0, "layer": "top1moe", "load_balancing": "importance"}, ["--load-weight has no effect"]),

@@ -67,7 +67,7 @@ def test_graphs_compute_what_eager_code_computes(script, layer, settings):
 
 
 @pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
-def test_nothing_in_learn_act_and_store_waits_for_the_device(script):
+def test_nothing_in_learn_act_and_observe_waits_for_the_device(script):
     agent = learner(script, False)
     frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
     zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
@@ -77,22 +77,22 @@ def test_nothing_in_learn_act_and_store_waits_for_the_device(script):
     try:
         for _ in range(3):
             agent.learn()
-            agent.store_and_choose(frame, zeros, flags, flags, zeros[0])
+            agent.act(frame, flags, zeros[0])
+            agent.observe(zeros, flags, flags)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
-def test_acting_and_storing_in_one_graph_is_eager_acting_and_storing(script):
+def test_acting_and_storing_in_graphs_is_eager_acting_and_storing(script):
     actions = []
     for cuda_graphs in (False, True):
         agent, rng = learner(script, cuda_graphs), np.random.default_rng(0)
         torch.manual_seed(1)
-        agent.act(rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), np.float64(1))
         for step in range(60):
-            frame, flags = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((2, 4)) < 0.1
-            agent.observe(rng.standard_normal(4), flags[0], flags[1] & ~flags[0])
-            actions.append(torch.from_numpy(agent.act(frame, np.float64(1 - step / 60))))
+            frame, flags = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((3, 4)) < 0.1
+            actions.append(agent.act(frame, flags[0], np.float64(1 - step / 60)).cpu())
+            agent.observe(rng.standard_normal(4), flags[1], flags[2] & ~flags[1])
         actions += [agent.obs, *agent.replay.state_dict().values()]
     for eager, graphed in zip(actions[: len(actions) // 2], actions[len(actions) // 2 :], strict=True):
         assert torch.equal(eager, graphed)

@@ -98,13 +98,13 @@ def test_graphed_runs_equal_eager_ones(script, settings, graphed_as_eager):
 HOST = {"replay_device": "cpu", "replay_ratio": 0.5}
 FAULTS = {
     "epsilon is a number of Python's": (
-        "return self.choose(frame, terminated | truncated, epsilon)",
+        "return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))",
         "self.calls = getattr(self, 'calls', 0) + 1\n"
-        "        return self.choose(frame, terminated | truncated, 1 / self.calls)",
+        "        return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, 1 / self.calls))",
     ),
     "epsilon waits for the device": (
-        "return self.choose(frame, terminated | truncated, epsilon)",
-        "return self.choose(frame, terminated | truncated, float(epsilon))",
+        "return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))",
+        "return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, float(epsilon)))",
     ),
     "the target network gets new memory": (
         "torch._foreach_copy_([*self.target_network.parameters()], [*self.q_network.parameters()])",
@@ -129,8 +129,8 @@ FAULTS = {
         "kept = [*locals().get('kept', []), agent.learn()]; metrics, output = kept[-2:][0]",
     ),
     "draws come from NumPy": (
-        "draw = torch.rand(batch_size, dtype=torch.float64, device=ends.device)",
-        "draw = torch.as_tensor(np.random.default_rng(0).random(batch_size))",
+        "torch.rand(batch_size, dtype=torch.float64, device=cumulative.device)",
+        "torch.as_tensor(np.random.default_rng(0).random(batch_size))",
     ),
     "the capture counts as a call": (
         "        self.graph.replay()\n",
@@ -172,7 +172,7 @@ def test_nothing_mixes_devices_or_waits(tmp_path):
     assert len(host) == 2
     for result in host:
         assert result["act"]["passed"] == []
-        assert set(result["store"]["passed"]) == {"_to_copy from cuda to cpu"}
+        assert set(result["observe"]["passed"]) == {"_to_copy from cuda to cpu"}
         assert set(result["learn"]["passed"]) <= {"_to_copy from cpu to cuda", "_to_copy from cuda to cpu"}
         assert result["learn"]["passed"].count("_to_copy from cuda to cpu") <= 1  # the losses, for the priorities
     for fault in ("a host tensor", "a wait", "a number from the host"):
@@ -206,10 +206,9 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, data, mo
     flag = torch.zeros(agent.args.num_envs, dtype=torch.bool)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(12 * online):
-            agent.store(flag.float(), flag, flag.clone())
-            agent.choose(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
-            agent.choose(agent.obs[:, 0].numpy(), flag.numpy(), 0.5)
-            agent.store(flag.float().numpy(), flag.numpy(), flag.clone().numpy())  # as before a checkpoint
+            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.0)
+            agent.act(agent.obs[:, 0].numpy(), flag.numpy(), 0.5)
+            agent.observe(flag.float().numpy(), flag.numpy(), flag.clone().numpy())
         for _ in range(2):
             agent.learn()
             agent.update_target()

@@ -498,6 +498,24 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how
     assert list(rows[0]) == columns.split() and (run_dir / "weights.pt").exists()
 
 
+def test_a_run_may_end_where_a_signal_stopped_it(tmp_path, data, monkeypatch):
+    """The last update is evaluated then, and the iterations have no gap in their numbers."""
+    learn, calls = cql_softmoe.Agent.learn, itertools.count(1)
+    monkeypatch.setattr(
+        cql_softmoe.Agent,
+        "learn",
+        lambda agent: (next(calls) != 27 or os.kill(os.getpid(), signal.SIGTERM), learn(agent))[1],
+    )
+    with pytest.raises(SystemExit):
+        main(small(tmp_path))
+    run_dir = only_run(tmp_path / "runs")
+    for total_updates in (27, 60):
+        main(small(tmp_path, resume=str(run_dir), total_updates=total_updates))
+    rows = read_csv(run_dir / "metrics.csv")
+    assert [(row["iteration"], row["updates"]) for row in rows] == [("0", "20"), ("1", "27"), ("2", "40"), ("3", "60")]
+    assert len({row["td_loss"] for row in rows}) == 4  # each of its own update
+
+
 def test_resume_auto_leaves_a_finished_run_alone(tmp_path, data, capsys):
     args = small(tmp_path, resume="auto", total_updates=20)
     main(args)  # a new run

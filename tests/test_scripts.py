@@ -158,7 +158,7 @@ def test_every_argument_parameter_and_definition_is_used(script):
     for function in (node for node in ast.walk(parse(script)) if isinstance(node, ast.FunctionDef)):
         names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
         arguments = [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
-        assert [name for name in arguments if name not in names | {"self"}] == [], function.name
+        assert [name for name in arguments if name not in names | {"self", "_"}] == [], function.name
     used = {
         node.id for node in ast.walk(parse(script)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }

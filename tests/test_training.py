@@ -210,6 +210,15 @@ def test_resume_auto_starts_continues_and_leaves_alone(tmp_path, monkeypatch):
     assert run("--seed", "2")[0] == 0 and len(list(tmp_path.iterdir())) == 2  # another name, another run
 
 
+def test_a_resumed_run_has_the_same_returns(tmp_path):
+    args = dqn_softmoe.Args(**quick())
+    first = dqn_softmoe.RunLog(tmp_path, args, {"global_step": 0})
+    first.new_games()
+    first.round(args.num_envs, np.full(args.num_envs, 1 / 3), np.ones(args.num_envs, bool))
+    second = dqn_softmoe.RunLog(tmp_path, args, {"global_step": args.num_envs, "rows": first.rows})
+    assert second.returns == first.returns == [1 / 3] * args.num_envs
+
+
 def test_records_start_anew_where_a_run_died_before_its_first_checkpoint(tmp_path):
     args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
 

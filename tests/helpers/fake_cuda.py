@@ -111,7 +111,7 @@ def move(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 def measure(script, settings: dict) -> dict:
-    """What acting, storing and learning launch, and what passes between device and host in them."""
+    """What `act`, `observe` and `learn` launch, and what passes between device and host in them."""
     args, watch, found = script.Args(**{"encoder": "nature", "cuda": False} | settings), Watch(), {}
     agent = script.Agent(args, SimpleNamespace(frame_shape=(84, 84), num_actions=6))
     online = hasattr(agent, "act")
@@ -126,8 +126,8 @@ def measure(script, settings: dict) -> dict:
         calls = {"learn": agent.learn}
         if online:
             agent.obs, agent.action = agent.obs.to("cuda"), agent.action.to("cuda")
-            calls["act"] = lambda: agent.choose(agent.obs[:, 0], flag, number[0])
-            calls["store"] = lambda: agent.store(number, flag, flag)
+            calls["act"] = lambda: agent.act(agent.obs[:, 0], flag, number[0])
+            calls["observe"] = lambda: agent.observe(number, flag, flag)
         for name, call in calls.items():
             watch.launched, watch.passed = 0, []
             call()
