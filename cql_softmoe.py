@@ -372,10 +372,10 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
     need, free = size * (math.prod(envs.frame_shape) + 15), shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"unpacked data takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder.parent}")
-    shapes = dict.fromkeys(Dataset.FIELDS, (size,)) | {"frames": (size + 1, *envs.frame_shape)}  # the last is black
     arrays = {}
     for name, dtype in Dataset.FIELDS.items():
-        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes[name])
+        shape = (size + 1, *envs.frame_shape) if name == "frames" else (size,)  # the last frame stays black
+        arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
     start, expected, end = 0, 0, 0  # next place; agent step after the used part, and after the segment
     print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
@@ -635,9 +635,10 @@ class Agent:
         with one_line_errors(Exception):  # damaged data can raise nearly anything
             folder, num_envs = open_dataset(args, envs)
         self.data = Dataset(folder, num_envs, n_step=args.n_step, gamma=args.gamma)
-        need, place = sum(buffer.nbytes for buffer in self.data.buffers()), torch.device("cpu")
-        if device.type == "cuda" and args.replay_device == "auto" and need < 0.8 * torch.cuda.mem_get_info(device)[0]:
-            place = device
+        need = sum(buffer.nbytes for buffer in self.data.buffers())
+        on_gpu = device.type == "cuda" and args.replay_device == "auto"
+        fits = on_gpu and need < 0.8 * torch.cuda.mem_get_info(device)[0]
+        place = device if fits else torch.device("cpu")
         self.data.to(place)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss = compile(td_loss)
@@ -645,10 +646,8 @@ class Agent:
             self.data.sample = compile(self.data.sample, options={"fallback_random": True})  # draws in float64
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
-            if place == device:
-                self.learn = CudaGraph(self.learn)
-            else:  # batches come from the host
-                self.update = CudaGraph(self.update)
+            name = "learn" if place == device else "update"  # data on the host cannot be in a graph
+            setattr(self, name, CudaGraph(getattr(self, name)))
 
     def learn(self) -> tuple:
         """Draw a batch and update on it. Returns the metrics and the MoEOutput of the loss."""
@@ -681,8 +680,7 @@ class Agent:
         state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        capturable = self.optimizer.defaults["capturable"]  # the run may have moved to another device
-        self.optimizer.param_groups[0]["capturable"] = capturable
+        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # as this device needs
         for generator, random in zip(self.generators, state["random"], strict=False):
             generator.set_state(random)
         return state["progress"]

@@ -269,13 +269,13 @@ class SoftMoE(nn.Module):
         B, T, D = tokens.shape
         E, S = self.num_experts, self.num_slots
         if self.learned_phi:
-            phi = self.phi.flatten(1).expand(B, D, E * S)
+            phi = self.phi.flatten(1)  # (D, E*S)
         else:
             phi = torch.randn(B, D, E * S, device=tokens.device, dtype=tokens.dtype)
         if self.normalize:
-            tokens = tokens / (torch.linalg.vector_norm(tokens, dim=2, keepdim=True) + 1e-6)
-            phi = self.scale * phi / (torch.linalg.vector_norm(phi, dim=1, keepdim=True) + 1e-6)
-        logits = torch.bmm(tokens, phi)  # (B, T, E*S)
+            tokens = tokens / (torch.linalg.vector_norm(tokens, dim=-1, keepdim=True) + 1e-6)
+            phi = self.scale * phi / (torch.linalg.vector_norm(phi, dim=-2, keepdim=True) + 1e-6)
+        logits = tokens @ phi  # (B, T, E*S)
         dispatch_weights = logits.softmax(dim=1).view(B, T, E, S)
         combine_weights = logits.softmax(dim=2).view(B, T, E, S)
         router_logits = logits.view(B, T, E, S).logsumexp(dim=3)  # (B, T, E)

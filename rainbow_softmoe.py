@@ -693,8 +693,7 @@ class Agent:
         state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        capturable = self.optimizer.defaults["capturable"]  # the run may have moved to another device
-        self.optimizer.param_groups[0]["capturable"] = capturable
+        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # as this device needs
         for generator, random in zip(self.generators, state["random"], strict=False):
             generator.set_state(random)
         return state["progress"]

@@ -201,7 +201,7 @@ def test_the_layer_gets_its_options():
     assert layer(layer="tokenized", num_experts=3).linear.weight.shape == (24, 64)
     assert layer(layer="expert_choice", num_experts=3, capacity_factor=0.5).num_slots == 21
     big = layer(expert_variant="big", encoder_width=2)  # 84 * 84 / 8 pixels, 29 * 29 of them in an image
-    assert (big.num_slots, big.token_dim, big.experts.image) == (29**2, 4, (29, 29, 4))
+    assert (big.num_slots, big.token_dim, big.experts.side) == (29**2, 4, 29)
     assert big.experts.encoders["0-weight"].shape == (8, 64, 4, 8, 8)
 
 
