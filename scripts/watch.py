@@ -1,10 +1,12 @@
-"""A video of a game as the network plays it: the screen, where each expert looks, Q-values, return.
+"""Record a video of a game as the network plays it: the screen, where each expert looks, Q-values and the return.
 
     python scripts/watch.py runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1 -o breakout.mp4
+    python scripts/watch.py runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1 -o breakout.gif --steps 150
 
-Two emulators with one seed and the same actions play the very same game, one for the network, one in colour; they are
-compared at every step. An expert's picture is the frame, lit where the tokens are that its slots read (dispatch
-weights, averaged over slots), for the tokenizations that have places: PerConv and PerPatch. Dense layers have none.
+Two emulators play the same game with the same seed and the same actions. One shows the network its grey frames, the
+other draws the screen in colour. Their rewards are compared at every step. The picture of an expert is the newest
+frame, lit where the tokens are that its slots read: the dispatch weights, averaged over slots. Only PerConv and
+PerPatch tokens have places in the frame, and dense layers have no experts.
 """
 
 import math
@@ -30,20 +32,24 @@ except ImportError as error:
     print(f"error: {error}; pip install -r scripts/requirements.txt", file=sys.stderr)
     raise SystemExit(2) from None
 
-HEIGHT, WIDTH, TILE = 420, 320, 120  # of the screen, twice as large as the console's, and of an expert's picture
+FPS = 15  # agent steps per second, as on the console
+HEIGHT, WIDTH = 420, 320  # of the screen, twice as large as the console's
+TILE = 120  # side of an expert's picture
+GIF = {"codec": "gif", "pix_fmt_out": "pal8", "macro_block_size": 1}
+GIF["output_params"] = ["-vf", "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"]
 
 
 @dataclass
 class Options:
     path: Annotated[Path, tyro.conf.Positional]  # run directory, or a file of weights in one
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("game.mp4")  # the video
-    steps: int = 2_000  # agent steps at most; 15 are a second
-    epsilon: float = 0.001  # share of random actions
-    seed: int = 1  # of game and random actions
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("game.mp4")  # the video: .mp4, or .gif
+    steps: int = 2_000  # largest number of agent steps; 15 are a second
+    epsilon: float = 0.001  # probability of a random action
+    seed: int = 1  # seed of the game and of random actions
 
 
-def looks(output, tokenization: str) -> np.ndarray:
-    """Where experts look, (E, h, w), 1 where the most; empty where tokens have no places."""
+def expert_maps(output, tokenization: str) -> np.ndarray:
+    """Return how much each expert reads of each place, (E, h, w), with a maximum of 1. E is 0 where there is no map."""
     if output is None or tokenization not in ("PerConv", "PerPatch", "PerPatchAvg"):
         return np.zeros((0, 1, 1))
     dispatch = output.routing.dispatch_weights[0].mean(dim=2).T  # (E, T)
@@ -51,31 +57,31 @@ def looks(output, tokenization: str) -> np.ndarray:
     maps = (dispatch / dispatch.amax(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side)
     if tokenization != "PerConv":
         maps = maps.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
-        rest = 2 if side == 3 else 0  # of 11 rows and columns, the last two are in no patch
+        rest = 2 if side == 3 else 0  # the last two of 11 rows and columns are in no patch
         maps = torch.nn.functional.pad(maps, (0, rest, 0, rest))
     return maps.numpy()
 
 
-def picture(screen: np.ndarray, frame: np.ndarray, maps: np.ndarray, q_values: np.ndarray, names, text: str) -> Image:
-    """One frame of the video."""
+def draw(screen: np.ndarray, frame: np.ndarray, maps: np.ndarray, q_values: np.ndarray, names, text: str) -> Image:
+    """Draw one picture of the video: the screen, the experts' maps over the frame, and the Q-values."""
     columns = -(-len(maps) // 3)
     canvas = Image.new("RGB", (WIDTH + TILE * columns + 160, HEIGHT))
     canvas.paste(Image.fromarray(screen).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
-    draw, grey = ImageDraw.Draw(canvas), Image.fromarray(frame).resize((TILE - 4, TILE - 4))
-    for i, heat in enumerate(maps):
-        light = Image.fromarray((255 * heat).astype(np.uint8)).resize(grey.size, Image.Resampling.BILINEAR)
-        dark = Image.merge("RGB", [grey.point(lambda v: v // 3)] * 3)
-        lit = Image.merge("RGB", [grey.point(lambda v: min(255, v + 90)), grey, grey.point(lambda v: v // 2)])
+    pen, grey = ImageDraw.Draw(canvas), Image.fromarray(frame).resize((TILE - 4, TILE - 4))
+    dark = Image.merge("RGB", [grey.point(lambda v: v // 3)] * 3)
+    lit = Image.merge("RGB", [grey.point(lambda v: min(255, v + 90)), grey, grey.point(lambda v: v // 2)])
+    for i, values in enumerate(maps):
+        light = Image.fromarray((255 * values).astype(np.uint8)).resize(grey.size, Image.Resampling.BILINEAR)
         place = (WIDTH + 2 + TILE * (i // 3), 2 + 140 * (i % 3))
         canvas.paste(Image.composite(lit, dark, light), place)
-        draw.text((place[0], place[1] + TILE - 4), f"expert {i}", fill="white")
+        pen.text((place[0], place[1] + TILE - 4), f"expert {i}", fill="white")
     left, low, high = WIDTH + TILE * columns + 8, q_values.min(), q_values.max()
     for i, (name, value) in enumerate(zip(names, q_values, strict=True)):
         share, top = (value - low) / max(high - low, 1e-9), 24 + i * min(20, 380 // len(names))
-        draw.rectangle((left + 70, top, left + 72 + 40 * share, top + 8), fill="white" if value == high else "grey")
-        draw.text((left, top - 2), name, fill="white")
-        draw.text((left + 116, top - 2), f"{value:.2f}", fill="white")
-    draw.text((left, 4), text, fill="white")
+        pen.rectangle((left + 70, top, left + 72 + 40 * share, top + 8), fill="white" if value == high else "grey")
+        pen.text((left, top - 2), name, fill="white")
+        pen.text((left + 116, top - 2), f"{value:.2f}", fill="white")
+    pen.text((left, 4), text, fill="white")
     return canvas
 
 
@@ -103,23 +109,18 @@ def main(options: Options) -> None:
         _, output = q_network(obs)
         q_values = q_network.q_values(obs)
         action = script.select_actions(q_values, options.epsilon).numpy()
-        image = picture(
-            screen.reshape(210, 160, 3),
-            obs[0, -1].numpy(),
-            looks(output, args.tokenization),
-            q_values[0].numpy(),
-            names,
-            f"step {step}, return {total:g}",
-        )
+        maps, text = expert_maps(output, args.tokenization), f"step {step}, return {total:g}"
+        picture = draw(screen.reshape(210, 160, 3), obs[0, -1].numpy(), maps, q_values[0].numpy(), names, text)
         if writer is None:
-            writer = imageio_ffmpeg.write_frames(str(options.output), image.size, fps=15, macro_block_size=4)
+            form = GIF if options.output.suffix == ".gif" else {"macro_block_size": 4}
+            writer = imageio_ffmpeg.write_frames(str(options.output), picture.size, fps=FPS, **form)
             writer.send(None)
-        writer.send(np.asarray(image))
+        writer.send(np.asarray(picture))
         envs.send(action)
         frame, reward, terminated, truncated, over = envs.recv()
         screen, twin, *_ = colour.step(action)
         if reward[0] != twin[0]:
-            raise RuntimeError(f"the two emulators part at step {step}")
+            raise RuntimeError(f"the two emulators differ at step {step}")
         total, start = total + reward[0], terminated | truncated
         if over[0]:
             break

@@ -534,24 +534,21 @@ def test_evaluate_plays_as_the_run_s_own_evaluation(trained, tmp_path):
         assert bad.returncode == 2 and bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("layer, tokenization", [("softmoe", "PerConv"), ("top1moe", "PerPatch"), ("dense", "PerConv")])
-def test_watch_films_the_very_game(layer, tokenization, tmp_path):
+@pytest.mark.parametrize(
+    "layer, tokenization, name",
+    [("softmoe", "PerConv", "new/game.mp4"), ("top1moe", "PerPatch", "game.mp4"), ("dense", "PerConv", "game.gif")],
+)
+def test_watch_films_the_very_game(layer, tokenization, name, tmp_path):
     import imageio_ffmpeg
 
-    settings = {
-        "layer": layer,
-        "tokenization": tokenization,
-        "encoder": "nature",
-        "expert_hidden_dim": 8,
-        "cuda": False,
-    }
-    args = dqn_softmoe.Args(env_id="SpaceInvadersNoFrameskip-v4", **settings)
+    settings = {"layer": layer, "tokenization": tokenization, "encoder": "nature", "expert_hidden_dim": 8}
+    args = dqn_softmoe.Args(env_id="SpaceInvadersNoFrameskip-v4", cuda=False, **settings)
     q_network = dqn_softmoe.QNetwork(args, (4, 84, 84), 6)
     torch.save(q_network.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "config.json").write_text(json.dumps({"script": "dqn_softmoe.py", "args": asdict(args)}))
-    done = run("watch", tmp_path, "-o", tmp_path / "new" / "game.mp4", "--steps", "40", "--epsilon", "0.5")
+    done = run("watch", tmp_path, "-o", tmp_path / name, "--steps", "40", "--epsilon", "0.5")
     assert done.returncode == 0, done.stderr
-    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "new" / "game.mp4"))
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(tmp_path / name))
     assert frames == 40
 
 
