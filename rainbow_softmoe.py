@@ -458,12 +458,18 @@ class Environments:
         self.game = spec.kwargs["game"] if atari else None
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, min(num_envs, cores - 1))  # ale-py's threads spin, so one core is left for the learner
-            game = {"repeat_action_probability": args.sticky_actions, "use_fire_reset": False}
-            # ale-py draws 0 to noop_max - 1 no-op frames: here 0 to 4 * (args.noop_max - 1), four per agent step.
-            game |= {"noop_max": max(4 * args.noop_max - 3, 1), "max_num_frames_per_episode": 4 * MAX_EPISODE_STEPS}
-            form = {"stack_num": 1, "reward_clipping": False, "autoreset_mode": same_step, "num_threads": threads}
-            self.envs = AtariVectorEnv(self.game, num_envs, **game, **form)
+            self.envs = AtariVectorEnv(
+                self.game,
+                num_envs,
+                repeat_action_probability=args.sticky_actions,
+                noop_max=max(4 * args.noop_max - 3, 1),  # one more than the largest number of no-op frames
+                use_fire_reset=False,
+                max_num_frames_per_episode=4 * MAX_EPISODE_STEPS,
+                reward_clipping=False,
+                stack_num=1,
+                autoreset_mode=same_step,
+                num_threads=max(1, min(num_envs, cores - 1)),  # they spin, so one core is left for the learner
+            )
         else:
             args.check_effect("sticky_actions noop_max terminal_on_life_loss", False, "an Atari game")
             self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
@@ -717,9 +723,6 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(f"error: {text}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-
-
-TRY_AGAIN = 75  # exit code of a run that a signal stopped and --resume continues (EX_TEMPFAIL of sysexits.h)
 
 
 @contextlib.contextmanager
@@ -1063,7 +1066,7 @@ def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading
         raise SystemExit(1)
     if stop.is_set():
         print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
-        raise SystemExit(TRY_AGAIN)
+        raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
     write_json(run_dir / "config.json", config | {"finished": global_step})
     if not args.checkpoint_at_end:
         (run_dir / "checkpoint.pt").unlink()

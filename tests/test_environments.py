@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import der_softmoe
 import dqn_softmoe
 from dqn_softmoe import Args, Environments, push, reset_seed
 
@@ -175,7 +176,7 @@ class ThinFrames(gym.Env):
 
 def test_other_environments_may_have_a_channel_axis_and_lives():
     gym.register("ThinFrames-v0", entry_point=ThinFrames)
-    envs = Environments(Args(env_id="ThinFrames-v0", terminal_on_life_loss=True), 3)
+    envs = der_softmoe.Environments(der_softmoe.Args(env_id="ThinFrames-v0"), 3)
     assert envs.reset(0).shape == (3, 6, 5) and envs.frame_shape == (6, 5)
     envs.send(np.array([0, 1, 1]))
     frame, reward, terminated, truncated, over = envs.recv()
