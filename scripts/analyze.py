@@ -159,7 +159,7 @@ def points(run: Path, options: Options) -> list[Point]:
     script, args, q_network, _ = load(saved[-1])
     agent, _ = collect.agent_and_defaults(script, vars(args))
     flags = {"layer": args.layer, "num_experts": str(args.num_experts)}
-    flags |= {name: str(value) for name, value in vars(args).items() if name not in collect.NO_SETTING}
+    flags |= {name: str(value) for name, value in vars(args).items() if name not in collect.NOT_SETTINGS}
     batch, found = play(script, args, q_network, options), []
     for path in tqdm(saved, desc=run.name, unit="point", dynamic_ncols=True):
         q_network.load_state_dict(dqn_softmoe.read_file(path))

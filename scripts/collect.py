@@ -1,19 +1,21 @@
-"""Run directories to one tidy CSV of scores.
+"""Collect the scores of run directories in one CSV file.
 
     python scripts/collect.py runs/* -o results.csv
     python scripts/collect.py --list fig4.list -o results.csv
 
-A row is an iteration of a run. Its columns: game, agent (der_softmoe.py is "DrQ(eps)" with the flags of that agent),
-layer, num_experts, every other flag that a run has set to another value than its agent's default, seed, parameters of
-the network and of its encoder, layer and head, iteration ("eval": the evaluation after training), agent step (offline:
-update), frames, raw score, human-normalised score in % (0 is random play; empty where nobody published a human score).
-With --list the runs are those of a list of commands, by their --runs-dir and --run-name.
-What is left out is listed: runs that are missing, damaged, or not finished (--unfinished takes them) and second runs of
-a seed; and so are the seeds that an agent's game and method lack.
+Each row is one score of a run: the mean return of an iteration, or of the evaluation after training. Its columns are:
+game, agent, layer, num_experts, seed: the agent of der_softmoe.py is "DrQ(eps)" if its flags are those of DrQ(eps).
+<flag>: every flag that at least one run changes from the default of its agent.
+parameters, <part>_parameters: number of parameters of the network, and of its encoder, layer and head.
+iteration, step, frames: an iteration "eval" is the evaluation. Steps are agent steps, or updates in offline training.
+score, normalized: raw score, and human-normalised score in % (random play is 0; empty if no human score is known).
+With --list, the runs are those that a list of commands names with --runs-dir and --run-name.
+Missing, damaged, unfinished and duplicate runs are left out and reported. The report also names missing seeds.
 """
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import json
@@ -30,17 +32,14 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 AGENTS = {"dqn_softmoe": "DQN", "rainbow_softmoe": "Rainbow", "der_softmoe": "DER", "cql_softmoe": "CQL+C51"}
-VARIANTS = {  # of an agent: name and flags
-    "DER": (
-        "DrQ(eps)",
-        {"distributional": False, "noisy": False, "prioritized": False, "augment": True}
-        | {"target_network_frequency": 1, "epsilon_decay_steps": 5_000},
-    ),
-    "CQL+C51": ("CQL", {"distributional": False}),
-}
-NO_SETTING = """env_id seed layer num_experts runs_dir run_name resume cuda compile cuda_graphs replay_device
+DRQ_EPS = {"distributional": False, "noisy": False, "prioritized": False, "augment": True}
+DRQ_EPS |= {"target_network_frequency": 1, "epsilon_decay_steps": 5_000}
+# Agents that are another agent with some flags changed: their names and these flags.
+VARIANTS = {"DER": ("DrQ(eps)", DRQ_EPS), "CQL+C51": ("CQL", {"distributional": False})}
+# Flags that do not tell methods apart, or that have a column of their own.
+NOT_SETTINGS = """env_id seed layer num_experts runs_dir run_name resume cuda compile cuda_graphs replay_device
 dataset_dir cache_dir checkpoint_every checkpoint_at_end weights_every save_replay eval_episodes""".split()
-NETWORK = {"encoder": "encoder", "tokenizer": "layer", "moe": "layer"}  # a module's part; the others are the head
+PARTS = {"encoder": "encoder", "tokenizer": "layer", "moe": "layer"}  # all other modules belong to the head
 PARAMETERS = ["parameters", "encoder_parameters", "layer_parameters", "head_parameters"]
 SCORES = ["iteration", "step", "frames", "score", "normalized"]
 
@@ -48,26 +47,27 @@ SCORES = ["iteration", "step", "frames", "score", "normalized"]
 @dataclass
 class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()  # run directories
-    list: Path | None = None  # a list of commands whose runs are taken
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results.csv")  # the CSV file
-    unfinished: bool = False  # runs that are not finished, too
+    list: Path | None = None  # file with a command per line, whose runs are collected
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("results.csv")  # CSV file to write
+    unfinished: bool = False  # also collect unfinished runs
 
 
+@functools.cache
 def human_scores() -> dict[str, tuple[float, float]]:
-    """Game -> random and human score."""
+    """Return the random and the human score of every game for which a human score was published."""
     with open(ROOT / "scripts" / "atari_scores.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["human"]]
     return {row["game"]: (float(row["random"]), float(row["human"])) for row in rows}
 
 
 def game_of(env_id: str) -> str:
-    """BreakoutNoFrameskip-v4, Breakout-v4 and ALE/Breakout-v5 are Breakout."""
+    """Return the game's name. It is Breakout for BreakoutNoFrameskip-v4, Breakout-v4 and ALE/Breakout-v5."""
     name = env_id.rpartition("/")[2].rpartition(":")[2].rpartition("-v")[0]
     return name.removesuffix("NoFrameskip")
 
 
 def runs_of_list(path: Path) -> list[Path]:
-    """The run directories of a list's commands."""
+    """Return the run directories of the commands in the file `path`."""
     parser, found = argparse.ArgumentParser(allow_abbrev=False), []
     parser.add_argument("--runs-dir", default="runs")
     parser.add_argument("--run-name")
@@ -81,83 +81,80 @@ def runs_of_list(path: Path) -> list[Path]:
 
 
 def agent_and_defaults(script, args: dict) -> tuple[str, dict]:
-    """The name of a run's agent, and that agent's arguments where none is given."""
-    name, given = AGENTS[script.__name__], {}
+    """Return the name of the agent that was run with `args`, and the default of every flag of this agent."""
+    name, changed = AGENTS[script.__name__], {}
     variant, flags = VARIANTS.get(name, (name, {}))
     if flags.items() <= args.items():
-        name, given = variant, flags
-    return name, vars(script.Args(layer=args["layer"], **given))
+        name, changed = variant, flags
+    return name, vars(script.Args(layer=args["layer"], **changed))
 
 
-def count_parameters(script, args: dict, made: dict) -> list[int]:
-    """PARAMETERS of a run, or nothing where its environment cannot be made here; `made` keeps what was found."""
-    args = script.Args(**args)
-    if args.env_id not in made:
-        try:
-            envs = script.Environments(args, 1)
-            made[args.env_id] = (script.STACK_SIZE, *envs.frame_shape), envs.num_actions
-        except Exception:
-            made[args.env_id] = None
-    if made[args.env_id] is None:
-        return []
-    shaping = {*vars(args)} - {*NO_SETTING} | {"layer", "num_experts"}
-    key = script, made[args.env_id], *(getattr(args, name) for name in sorted(shaping))
-    if key not in made:
-        sizes = dict.fromkeys(("encoder", "layer", "head"), 0)
-        with torch.device("meta"):  # shapes without memory
-            q_network = script.QNetwork(args, *made[args.env_id])
-        for name, module in q_network.named_children():
-            sizes[NETWORK.get(name, "head")] += sum(p.numel() for p in module.parameters())
-        made[key] = [sum(sizes.values()), *sizes.values()]
-    return made[key]
+@functools.cache
+def environment_sizes(script, env_id: str) -> tuple[tuple[int, int, int], int] | None:
+    """Return the shape of observations and the number of actions, or None if the environment cannot be made here."""
+    try:
+        envs = script.Environments(script.Args(env_id=env_id), 1)
+    except Exception:
+        return None
+    return (script.STACK_SIZE, *envs.frame_shape), envs.num_actions
 
 
-def read(run: Path, human: dict, made: dict) -> tuple[dict, list[str], list[list], bool]:
-    """A run's columns but SCORES, its flags that are not its agent's defaults, its SCORES, and if it is finished."""
+@functools.cache
+def count_parameters(script, obs_shape: tuple[int, int, int], num_actions: int, **flags) -> list[int]:
+    """Return the number of parameters of the network and of its encoder, layer and head."""
+    with torch.device("meta"):  # tensors on this device take no memory
+        q_network = script.QNetwork(script.Args(**flags), obs_shape, num_actions)
+    sizes = dict.fromkeys(("encoder", "layer", "head"), 0)
+    for name, module in q_network.named_children():
+        sizes[PARTS.get(name, "head")] += sum(p.numel() for p in module.parameters())
+    return [sum(sizes.values()), *sizes.values()]
+
+
+def read_run(run: Path) -> tuple[dict, list[str], list[list], bool]:
+    """Return a run's columns without SCORES, the flags it changes, its rows of SCORES, and whether it is finished."""
     config = json.loads((run / "config.json").read_text())
     script = importlib.import_module(Path(config["script"]).stem)
     agent, default = agent_and_defaults(script, config["args"])
     args = default | {name: value for name, value in config["args"].items() if name in default}
-    settings = {name: value for name, value in args.items() if name not in NO_SETTING}
-    columns = {"game": game_of(args["env_id"]), "agent": agent, "layer": args["layer"]}
-    columns |= {"num_experts": args["num_experts"]} | settings | {"seed": args["seed"]}
-    columns |= dict(zip(PARAMETERS, count_parameters(script, args, made), strict=False))
-    offline, (low, high) = "total_updates" in args, human.get(columns["game"], (None, None))
+    settings = {name: value for name, value in args.items() if name not in NOT_SETTINGS}
+    method = {"layer": args["layer"], "num_experts": args["num_experts"]} | settings
+    columns = {"game": game_of(args["env_id"]), "agent": agent} | method | {"seed": args["seed"]}
+    if sizes := environment_sizes(script, args["env_id"]):
+        columns |= dict(zip(PARAMETERS, count_parameters(script, *sizes, **method), strict=True))
+    offline = "total_updates" in args
+    step_name, length = ("updates", "total_updates") if offline else ("global_step", "total_timesteps")
+    with open(run / "metrics.csv", newline="") as file:
+        iterations = [row for row in csv.DictReader(file) if row["mean_return"]]
+    scores = [(int(row["iteration"]), int(row[step_name]), float(row["mean_return"])) for row in iterations]
+    if (run / "eval.json").exists():
+        result = json.loads((run / "eval.json").read_text())
+        scores.append(("eval", result["global_step"], result["mean_return"]))
+    low, high = human_scores().get(columns["game"], (None, None))
     rows = []
-
-    def add(iteration, step: int, score: float) -> None:
+    for iteration, step, score in scores:
         if not math.isfinite(score):
             raise ValueError(f"score {score} at step {step}")
         normalized = "" if low is None else f"{100 * (score - low) / (high - low):.4f}"
         rows.append([iteration, step, "" if offline else 4 * step, f"{score:.4f}", normalized])
-
-    with open(run / "metrics.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["mean_return"]:
-                add(int(row["iteration"]), int(row["updates" if offline else "global_step"]), float(row["mean_return"]))
-    if (run / "eval.json").exists():
-        result = json.loads((run / "eval.json").read_text())
-        add("eval", result["global_step"], result["mean_return"])
     changed = [name for name in settings if settings[name] != default[name]]
-    length = args["total_updates" if offline else "total_timesteps"]
-    return columns, changed, rows, config.get("finished", 0) >= length
+    return columns, changed, rows, config.get("finished", 0) >= args[length]
 
 
-def main(options: Options) -> int:
+def main(options: Options) -> None:
     if not options.runs and options.list is None:
         raise ValueError("no run directories and no --list were given")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    human, made, table, changed, left_out, seen = human_scores(), {}, [], set(), [], {}
+    table, changed, left_out, seen = [], set(), [], {}
     for run in [*options.runs, *(runs_of_list(options.list) if options.list else ())]:
         if not run.exists():
             left_out.append(f"{run}: missing")
             continue
         if not (run / "config.json").exists() or not (run / "metrics.csv").exists():
-            left_out.append(f"{run}: no run directory")
+            left_out.append(f"{run}: not a run directory")
             continue
         try:
-            columns, its_own, rows, finished = read(run, human, made)
-        except Exception as error:  # any content that is not a run's
+            columns, changes, rows, finished = read_run(run)
+        except Exception as error:  # damaged files raise errors of many kinds
             left_out.append(f"{run}: damaged: {type(error).__name__}: {error}")
             continue
         if not finished and not options.unfinished:
@@ -166,13 +163,14 @@ def main(options: Options) -> int:
         if not rows:
             left_out.append(f"{run}: no episode ended")
             continue
-        setting = " ".join(f"{name}={columns[name]}" for name in its_own)
-        key = (columns["game"], columns["agent"], columns["layer"], columns["num_experts"], setting, columns["seed"])
+        flags = [f"{name}={columns[name]}" for name in changes]
+        method = " ".join([f"{columns['layer']} {columns['num_experts']}", *flags])
+        key = columns["game"], columns["agent"], method, columns["seed"]
         if key in seen:
-            left_out.append(f"{run}: the same as {seen[key]}")
+            left_out.append(f"{run}: duplicate of {seen[key]}")
             continue
         seen[key] = run
-        changed |= set(its_own)
+        changed |= set(changes)
         table.append((columns, rows))
     if not table:
         print("\n".join(left_out[:10] + ["..."] * (len(left_out) > 10)))
@@ -183,18 +181,17 @@ def main(options: Options) -> int:
         writer = csv.writer(file)
         writer.writerow([*names, "seed", *PARAMETERS, *SCORES])
         for columns, rows in table:
-            its_own = [columns.get(name, "") for name in (*names, "seed", *PARAMETERS)]
-            writer.writerows([*its_own, *row] for row in rows)
-    for agent in sorted({key[1] for key in seen}):
-        runs = {(game, tuple(method), seed) for game, name, *method, seed in seen if name == agent}
-        games, methods, seeds = (sorted({run[i] for run in runs}) for i in range(3))
+            shared = [columns.get(name, "") for name in (*names, "seed", *PARAMETERS)]
+            writer.writerows([*shared, *row] for row in rows)
+    for agent in sorted({agent for _, agent, _, _ in seen}):
+        runs = {(game, method, seed) for game, name, method, seed in seen if name == agent}
+        games, methods, seeds = (sorted(set(values)) for values in zip(*runs, strict=True))
         for game, method in itertools.product(games, methods):
             if missing := [str(seed) for seed in seeds if (game, method, seed) not in runs]:
-                left_out.append(f"{game} {agent} {' '.join(map(str, method))}: no seed {', '.join(missing)}")
+                left_out.append(f"{game} {agent} {method}: no seed {', '.join(missing)}")
     print(f"{len(seen)} runs, {sum(len(rows) for _, rows in table)} rows in {options.output}", *left_out, sep="\n    ")
-    return 0
 
 
 if __name__ == "__main__":
     with importlib.import_module("dqn_softmoe").one_line_errors(ValueError, OSError):
-        raise SystemExit(main(tyro.cli(Options, description=__doc__.split("\n\n")[0])))
+        main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))

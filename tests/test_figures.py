@@ -92,9 +92,9 @@ def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path, ca
         ("eval", "True", "100.0000"),
     ]
     assert [row["normalized"] for row in rows if row["game"] == "Pooyan"] == [""]
-    for words in (f"{twice}: the same as {runs[0]}", f"{going_on}: not finished", f"{more}: no run directory"):
+    for words in (f"{twice}: duplicate of {runs[0]}", f"{going_on}: not finished", f"{more}: not a run directory"):
         assert words in text
-    assert "Breakout DQN softmoe 8 : no seed 1, 2" in text and "DER softmoe" not in text  # an agent has its own seeds
+    assert "Breakout DQN softmoe 8: no seed 1, 2" in text and "DER softmoe" not in text  # an agent has its own seeds
     text = said(*runs[3:], output="new/results.csv")
     assert "Breakout DQN dense 1 encoder=nature: no seed 1, 2 Pong DQN dense 1 encoder=nature: no seed 1" in text
     with pytest.raises(ValueError, match="no finished run"):
@@ -117,7 +117,7 @@ def test_collect_makes_a_tidy_table_and_says_what_it_left_out(runs, tmp_path, ca
 def test_any_json_that_is_no_run_s_is_listed_as_damaged(name, content, tmp_path, capsys):
     good, bad = (fake_run(tmp_path / word, dqn_softmoe, [1.0], evaluation=2.0, seed=i) for i, word in enumerate("ab"))
     (bad / f"{name}.json").write_text(content)
-    assert collect.main(collect.Options(runs=(good, bad), output=tmp_path / "results.csv")) == 0
+    collect.main(collect.Options(runs=(good, bad), output=tmp_path / "results.csv"))
     assert f"{bad}: damaged" in capsys.readouterr().out
     assert {row["seed"] for row in read_csv(tmp_path / "results.csv")} == {"0"}
 
@@ -142,7 +142,7 @@ def test_collect_takes_the_runs_of_a_list_and_names_those_that_lack(tmp_path, ca
 def pictures(folder: Path, runs, **options) -> Path:
     """Collect these runs and plot them; the folder of the pictures."""
     given = {"output": folder / "figures", "repetitions": 200} | options
-    assert collect.main(collect.Options(tuple(runs), output=folder / "results.csv", unfinished=True)) == 0
+    collect.main(collect.Options(tuple(runs), output=folder / "results.csv", unfinished=True))
     plot.main(plot.Options(folder / "results.csv", **given))
     return given["output"]
 
@@ -353,7 +353,7 @@ def test_one_command_makes_a_figure_from_its_list(name, tmp_path, monkeypatch):
         fake_run(folder, script, [1.0, 2.0 + args["seed"]], evaluation=evaluation, **args)
     collecting, plotting = Path("called").read_text().splitlines()
     monkeypatch.setattr(sys, "argv", collecting.replace("/dev/stdin", "runs.list").split())
-    assert collect.main(plot.tyro.cli(collect.Options)) == 0
+    collect.main(plot.tyro.cli(collect.Options))
     monkeypatch.setattr(sys, "argv", plotting.split())
     options = plot.tyro.cli(plot.Options)
     plot.main(replace(options, repetitions=20))
