@@ -17,7 +17,6 @@ dormant and dormant/<expert>: share of neurons whose mean activation is at most 
 expert_similarity: mean cosine between the outputs of two experts for the same tokens.
 """
 
-import csv
 import itertools
 import sys
 from collections import defaultdict
@@ -177,26 +176,26 @@ def picture(agent: str, those: list[Point], methods: list[tuple], options: Optio
                 values[point.game, name, method][point.step].append(point.found[name])
     games = sorted({game for game, *_ in values})
     names = [name for name in options.measures if any(name == key[1] for key in values)]
-    look, steps = plot.looks([*{*methods}]), plot.unit_of_steps(agent)
+    look, steps = plot.line_styles([*{*methods}]), plot.unit_of_steps(agent)
     size = {"figsize": (1.9 * len(names), 1.5 * len(games) + 0.3), "sharex": True, "squeeze": False}
     (figure, grid), rows = plot.plt.subplots(len(games), len(names), **size), []
     for (game, name), axes in zip(itertools.product(games, names), grid.flat, strict=True):
-        for method in sorted({*methods}, key=plot.order):
+        for method in sorted({*methods}, key=plot.sort_key):
             seeds = [np.array(x) for x in values[game, name, method].values()]
             if seeds:
-                bounds = [plot.bounds(x[plot.draws([x], options)].mean(axis=1)) for x in seeds]
+                bounds = [plot.interval(x[plot.bootstrap_indices([x], options)].mean(axis=1)) for x in seeds]
                 x = (4 if steps == "frames" else 1) * np.array([*values[game, name, method]])
                 line = x, [x.mean() for x in seeds], *zip(*bounds, strict=True)
                 plot.draw_bands(axes, {method: line}, look)
-                found = plot.table(method, (steps, "mean", "low", "high"), *line)
+                found = plot.csv_rows(method, (steps, "mean", "low", "high"), *line)
                 rows += [{"game": game, "measure": name} | row for row in found]
         axes.set_ylabel(AXES.get(name, name))
         axes.set_title(game)
         axes.xaxis.set_major_formatter(plot.EngFormatter(sep=""))
     for axes in grid[-1]:
         axes.set_xlabel("frames (agent steps x 4)" if steps == "frames" else steps)
-    plot.legend(figure)
-    plot.save(figure, rows, options.output / plot.file_name(agent, "analysis"))
+    plot.add_legend(figure)
+    plot.save_figure(figure, rows, options.output, agent, "analysis")
 
 
 def main(options: Options) -> None:
@@ -213,16 +212,13 @@ def main(options: Options) -> None:
         raise ValueError(f"--measures {', '.join(unknown)}: there are {', '.join(sorted(known))}")
     for agent in sorted({point.agent for point in found}):
         those = [point for point in found if point.agent == agent]
-        names = plot.named_flags([*those[0].flags], [point.flags for point in those])
+        names = plot.method_flags([*those[0].flags], [point.flags for point in those])
         methods = [tuple((name, point.flags[name]) for name in names[point.flags["layer"]]) for point in those]
         for point, method in zip(those, methods, strict=True):
             which = {"agent": agent, "game": point.game, "seed": point.seed, "step": point.step}
             rows.append(which | dict(method) | point.found)
         picture(agent, those, methods, options)
-    with open(options.output / "analysis.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    plot.write_csv(options.output / "analysis.csv", rows)
     print(f"{len(rows)} points in {options.output / 'analysis.csv'}")
 
 

@@ -192,14 +192,14 @@ def test_intervals_are_rliable_s():
     given = {"reps": 1_000, "random_state": np.random.RandomState(0)}
     for scores in (x, y):
         expected = library.get_interval_estimates({"": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), **given)
-        values, drawn = scores.T.flatten(), plot.draws(scores.T, options)
+        values, drawn = scores.T.flatten(), plot.bootstrap_indices(scores.T, options)
         assert plot.iqm(values) == pytest.approx(expected[0][""][0])
-        assert plot.bounds(plot.iqm(values[drawn])) == pytest.approx(expected[1][""][:, 0], abs=0.15)
+        assert plot.interval(plot.iqm(values[drawn])) == pytest.approx(expected[1][""][:, 0], abs=0.15)
     better, given = {"": (x, y)}, given | {"reps": 400}  # they are slow
     expected = library.get_interval_estimates(
         better, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), **given
     )
-    p, bounds = plot.improvement([*x.T], [*y.T], options)
+    p, bounds = plot.probability_of_improvement([*x.T], [*y.T], options)
     assert p == pytest.approx(expected[0][""][0]) and bounds == pytest.approx(expected[1][""][:, 0], abs=0.03)
 
 
@@ -207,13 +207,13 @@ def test_intervals_are_rliable_s():
 def test_aggregates_use_the_runs_that_are_there_and_name_those_that_lack(runs, tmp_path, capsys):
     figures = pictures(tmp_path, [path for path in runs if path.name != "Pongsoftmoe82"])
     said = capsys.readouterr().out
-    assert "missing of Soft MoE, 8 experts: Pong seed 2\n" in said and "15 runs in the aggregates" in said
+    assert "missing scores of Soft MoE, 8 experts: Pong seed 2\n" in said and "15 runs in the aggregates" in said
     assert [row["runs"] for row in read_csv(figures / "dqn_methods.csv")] == ["4", "4", "4", "3"]
     last = [float(read_csv(runs[i] / "metrics.csv")[-1]["mean_return"]) for i in (12, 13, 14)]
     scores = sorted([100 * (x - 1.7) / 28.8 for x in last[:2]] + [100 * (last[2] + 20.7) / 35.3])
     assert float(read_csv(figures / "dqn_methods.csv")[-1]["iqm"]) == pytest.approx(np.mean(scores), abs=1e-3)
     figures = pictures(tmp_path, [path for path in runs if not path.name.startswith("Pongsoftmoe8")])
-    assert "in no aggregate, as a method lacks them: Pong\n" in capsys.readouterr().out
+    assert "left out of the aggregates, for lack of a score of every method: Pong\n" in capsys.readouterr().out
     methods = read_csv(figures / "dqn_methods.csv")
     assert {row["runs"] for row in methods} == {"2"}
     ends = [
@@ -259,14 +259,14 @@ def test_a_line_over_a_flag_has_the_paper_s_value_as_a_number(tmp_path, capsys):
         found.append(fake_run(name, dqn_softmoe, [ratio], layer=layer, replay_ratio=ratio))
     rows = read_csv(pictures(tmp_path, found, x="replay_ratio") / "dqn_replay_ratio.csv")
     assert [(row["layer"], row["replay_ratio"]) for row in rows] == [("softmoe", x) for x in ("0.25", "0.5", "2.0")]
-    agents, columns = plot.read(tmp_path / "results.csv")
-    labels = [plot.label(method) for method in sorted({run.method for run in agents["DQN"]}, key=plot.order)]
+    agents, columns = plot.read_results(tmp_path / "results.csv")
+    labels = [plot.label(method) for method in sorted({run.method for run in agents["DQN"]}, key=plot.sort_key)]
     assert labels == ["Dense"] + [f"Soft MoE, 8 experts, replay ratio {x}" for x in ("0.25", "0.5", "2")]
     assert columns == ["num_experts", "replay_ratio", "parameters"]
     rows = read_csv(pictures(tmp_path, found[1:], x="parameters") / "dqn_methods.csv")
     assert {row["parameters"] for row in rows} == {"383829"}
     for wrong in ({"x": "replay_raito"}, {"methods": ("Soft MoE",)}):
-        with pytest.raises(ValueError, match="there are"):
+        with pytest.raises(ValueError, match="choose from"):
             plot.main(plot.Options(tmp_path / "results.csv", output=tmp_path / "no", **wrong))
     assert not (tmp_path / "no").exists()
 
@@ -274,13 +274,13 @@ def test_a_line_over_a_flag_has_the_paper_s_value_as_a_number(tmp_path, capsys):
 def test_at_most_six_methods_are_drawn_unless_others_are_named():
     layers = itertools.product(("dense", "top1moe", "softmoe"), "1248")
     methods = [(("layer", layer), ("num_experts", experts)) for layer, experts in layers]
-    shown = [plot.label(method) for method in plot.shown(methods, plot.Options(Path()))]
+    shown = [plot.label(method) for method in plot.methods_to_draw(methods, plot.Options(Path()))]
     assert shown == ["Dense", "Dense, width x8"] + [
         f"{layer}, {n}" for layer in ("Top-1 MoE", "Soft MoE") for n in ("1 expert", "8 experts")
     ]
-    assert plot.shown(methods[:6], plot.Options(Path())) == methods[:6]
-    assert plot.shown(methods, plot.Options(Path(), methods=("Soft MoE, 2 experts",))) == [methods[9]]
-    looks = [tuple(map(str, look.values())) for look in plot.looks(methods).values()]
+    assert plot.methods_to_draw(methods[:6], plot.Options(Path())) == methods[:6]
+    assert plot.methods_to_draw(methods, plot.Options(Path(), methods=("Soft MoE, 2 experts",))) == [methods[9]]
+    looks = [tuple(map(str, look.values())) for look in plot.line_styles(methods).values()]
     assert len(set(looks)) == 12
 
 
@@ -294,7 +294,7 @@ def test_low_data_agents_have_names_of_their_own_and_their_score_is_the_evaluati
     found.append(fake_run(tmp_path / "none", der, [1.0], env_id="PongNoFrameskip-v4"))
     figures = pictures(tmp_path, found)
     said = capsys.readouterr().out
-    assert "missing of Soft MoE, 4 experts, distributional: Pong seed 1 (no score after training)" in said
+    assert "missing scores of Soft MoE, 4 experts, distributional: Pong seed 1\n" in said
     assert [float(row["iqm"]) for row in read_csv(figures / "drq_eps_methods.csv")] == [100]
     rows = read_csv(figures / "der_methods.csv")
     assert [(row["distributional"], float(row["iqm"])) for row in rows] == [("False", 100), ("True", 100)]
@@ -307,7 +307,7 @@ def test_runs_without_a_score_are_named(script, lacks, tmp_path, capsys):
     short = fake_run(tmp_path / "short", script, [None] if given else [1.0], **given)
     pictures(tmp_path, [short])
     said = capsys.readouterr().out
-    assert "Breakout seed 1 (no score " in said and "no aggregates" in said
+    assert ": Breakout seed 1\n" in said and "no aggregates" in said
     assert ("no curves" in said) == (lacks == "iteration")
 
 
@@ -322,10 +322,11 @@ def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
         "Pooyan",
         "all games",
     }
-    assert plot.scaled("DQN", plot.read(tmp_path / "results.csv")[0]["DQN"])[1] == "% of the range of all runs"
+    agents, _ = plot.read_results(tmp_path / "results.csv")
+    assert plot.normalize_scores("DQN", agents["DQN"])[1] == "% of the range of all runs"
     capsys.readouterr()
     rows = read_csv(pictures(tmp_path, [*found, fake_run(tmp_path / "one", dqn_softmoe, [1.7])]) / "dqn_methods.csv")
-    assert "Pooyan have no human score and are in no aggregate" in capsys.readouterr().out
+    assert "DQN: left out of the aggregates, for lack of a human score: Pooyan" in capsys.readouterr().out
     assert [(row["layer"], row["iqm"]) for row in rows] == [("softmoe", "0.0")]
 
 
@@ -371,7 +372,8 @@ def test_our_runs_stand_beside_published_ones(tmp_path, capsys):
         found.append(fake_run(name, der, [1.0], evaluation=score, env_id=f"{game}NoFrameskip-v4", layer=layer))
     found.append(fake_run(tmp_path / "Venture", der, [1.0], evaluation=1, env_id="VentureNoFrameskip-v4"))
     figures = pictures(tmp_path, found, published=ROOT / "scripts" / "drq_eps_100k.csv")
-    assert "DER: 2 of 3 runs are in the published 5 to 95%, not Breakout softmoe seed 1: 40" in capsys.readouterr().out
+    said = "DER: 2 of 3 runs are between the published 5% and 95% quantiles\n    outside: Breakout softmoe seed 1: 40\n"
+    assert said in capsys.readouterr().out
     rows = {(row["game"], row["layer"]): row for row in read_csv(figures / "der_published.csv")}
     assert list(rows) == [("Boxing", "softmoe"), ("Breakout", "dense"), ("Breakout", "softmoe")]
     row = rows["Breakout", "softmoe"]
@@ -385,7 +387,7 @@ def test_plot_refuses_what_is_no_table_in_one_line(runs, tmp_path):
     with pytest.raises(FileExistsError):
         pictures(tmp_path, runs[:1], output=Path(__file__))
     done = run("plot", tmp_path / "empty.csv")
-    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/empty.csv is no table of collect.py's\n"
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/empty.csv was not written by collect.py\n"
 
 
 @pytest.mark.usefixtures("numbers_only")
