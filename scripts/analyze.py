@@ -1,20 +1,22 @@
-"""What becomes of a network in training (paper, figure 10): rank, norm, dormant neurons, similarity of experts.
+"""Measure the networks that a run saved in training: rank, norms, dormant neurons, similar experts (paper, figure 10).
 
     python scripts/analyze.py runs/Pong__rainbow__* -o figures
 
-Takes runs with --weights-every: every file in weights/ is a point. All of a run are measured on the same transitions,
-played with its last weights at --epsilon. Writes analysis.csv with every measure of every point, and for each agent a
-picture of --measures: a row per game, a column per measure, a line per method (mean over seeds, and an interval that
-holds 95% of the means of a bootstrap).
-srank/<t>: singular values of the features (B, F) above t times the largest, as in the authors' code
-(labs/moes/agents/full_rainbow_moe_agent.py); srank/0 is the numerical rank, below which values are rounding errors.
-effective_rank: the largest singular values that have 99% of the sum of all (Kumar et al., 2021).
-feature_norm: norm of the features' variance over the batch. param_norm: norm of all parameters.
-ntk_*: of the Gram matrix (B, B) of the gradients of each transition's loss, the empirical neural tangent kernel:
-ntk_rank/<t> as srank/<t>, means of its diagonal and of its other entries, share of its negative entries.
-td_loss_mean, td_loss_var: over the transitions. q_mean, q_std: over all actions in the states.
-dormant and dormant/<expert>: share of neurons whose mean activation is at most tau of the layer's (Sokar et al., 2023).
-expert_similarity: mean cosine between the outputs of two experts for the same tokens.
+Runs must be trained with --weights-every. All networks of a run are measured on one batch of transitions that the last
+network collects with --epsilon. analysis.csv has every measure of every network. A figure for each agent shows
+--measures. It has a row per game, a column per measure, and a line per method: the mean over seeds with its 95%
+bootstrap interval.
+srank/<t>: number of singular values of the features (B, F) above t times the largest, as in the authors' code
+(labs/moes/agents/full_rainbow_moe_agent.py). srank/0 is the numerical rank, which ignores rounding errors.
+effective_rank: smallest number of singular values whose sum is 99% of the sum of all (Kumar et al., 2021).
+feature_norm, param_norm: norm of the variances of the features over the batch, and of all parameters.
+ntk_*: statistics of the empirical neural tangent kernel, the Gram matrix (B, B) of the gradients of the transitions'
+losses. ntk_rank/<t> is its srank. The others are the means on and off its diagonal and the share of negative entries.
+td_loss_mean, td_loss_var: mean and variance of the loss over the transitions.
+q_mean, q_std: mean and standard deviation of the Q-values over states and actions.
+dormant, dormant/<expert>: fraction of neurons, of the layer and of one expert, whose mean activation is at most tau
+times the mean of the layer (Sokar et al., 2023).
+expert_similarity: mean cosine similarity of the outputs of two experts for the same tokens.
 """
 
 import itertools
@@ -29,7 +31,7 @@ import numpy as np
 import plot
 import torch
 import tyro
-from evaluate import load  # which puts the agents on the path
+from evaluate import load
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,46 +40,46 @@ import moe_layers as moe
 
 THRESHOLDS = (0.0, 0.001, 0.01)
 MEASURES = ("srank/0.01", "effective_rank", "feature_norm", "dormant", "ntk_rank/0.01", "expert_similarity")
-AXES = {  # labels of measures' axes; the others are called by their names
+AXIS_LABELS = {  # all other measures are labelled with their names
     "srank/0.01": "srank of features\n(singular values > 1%)",
     "effective_rank": "effective rank\nof features (99%)",
     "feature_norm": "feature norm",
-    "dormant": "share of neurons\nthat are dormant",
+    "dormant": "fraction of\ndormant neurons",
     "ntk_rank/0.01": "srank of the NTK\n(singular values > 1%)",
-    "expert_similarity": "cosine between\nexperts' outputs",
+    "expert_similarity": "cosine similarity\nof expert outputs",
 }
 
 
 @dataclass
 class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("figures")  # folder
-    batch_size: int = 64  # transitions; their gradients are in memory together
-    steps: int = 1_000  # agent steps that are played for them
-    epsilon: float = 0.05  # share of random actions in these
-    tau: float = 0.0  # a neuron is dormant up to this share of the mean activation
-    measures: tuple[str, ...] = MEASURES  # columns of the picture; analysis.csv has them all
-    repetitions: int = 2_000  # bootstrap samples
-    seed: int = 1  # of games, actions and draws
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("figures")  # folder for the figures and analysis.csv
+    batch_size: int = 64  # number of transitions, whose gradients are in memory at the same time
+    steps: int = 1_000  # agent steps played to collect the transitions
+    epsilon: float = 0.05  # probability of a random action in these steps
+    tau: float = 0.0  # neurons are dormant up to this multiple of the layer's mean activation
+    measures: tuple[str, ...] = MEASURES  # columns of the figure; analysis.csv has all measures
+    repetitions: int = 2_000  # number of bootstrap samples
+    seed: int = 1  # random seed of games, actions, transitions and the bootstrap
 
 
 def srank(matrix: Tensor, threshold: float) -> int:
-    """Singular values above `threshold` times the largest; rounding errors never count."""
+    """Return the number of singular values above `threshold` times the largest and above the rounding error."""
     values = torch.linalg.svdvals(matrix.double())
     rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps
     return int((values > max(threshold, rounding) * values[0]).sum())
 
 
 def effective_rank(matrix: Tensor, share: float = 0.99) -> int:
-    """The fewest singular values that have this share of the sum of all."""
+    """Return the smallest number of singular values whose sum is at least `share` of the sum of all."""
     values = torch.linalg.svdvals(matrix.double())
     return int((values.cumsum(0) < share * values.sum()).sum()) + 1
 
 
-def gradients(script, q_network: nn.Module, args, batch) -> tuple[Tensor, Tensor]:
-    """Every transition's loss (B,) and its gradient (B, parameters); the network is its own target."""
+def losses_and_gradients(script, q_network: nn.Module, args, batch) -> tuple[Tensor, Tensor]:
+    """Return the loss (B,) and the gradient (B, parameters) of each transition. The network is its own target."""
     losses, rows, parameters = [], [], list(q_network.parameters())
-    weight = [torch.ones(1)] * (len(script.Batch._fields) - 6)  # the importance weight of agents that have one
+    weight = [torch.ones(1)] * (len(script.Batch._fields) - 6)  # importance weight, which not every agent has
     for i in range(len(batch.action)):
         one = script.Batch(*(x[i : i + 1] for x in batch[:6]), *weight)
         loss = script.td_loss(q_network, q_network, one, args)[0]
@@ -88,7 +90,7 @@ def gradients(script, q_network: nn.Module, args, batch) -> tuple[Tensor, Tensor
 
 
 def expert_similarity(experts: moe.Experts, tokens: Tensor) -> float:
-    """Mean cosine between the outputs (T, D), as vectors, of two experts that read the same tokens (T, D)."""
+    """Return the mean cosine similarity of the outputs of two experts for the same tokens (T, D)."""
     E = len(experts.w1)
     outputs, _ = experts(tokens.expand(1, E, *tokens.shape))  # (1, E, T, D)
     outputs = nn.functional.normalize(outputs[0].flatten(1), dim=1)  # (E, T * D)
@@ -96,7 +98,7 @@ def expert_similarity(experts: moe.Experts, tokens: Tensor) -> float:
 
 
 def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, float]:
-    """All of the metrics, of one network on one batch."""
+    """Return all measures of one network on one batch."""
     with torch.no_grad():
         features, output = q_network.features(batch.obs)
         hidden = features if output is None else output.hidden
@@ -113,7 +115,7 @@ def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, 
         q_values = q_network.q_values(batch.obs)
         found |= {"q_mean": q_values.mean().item(), "q_std": q_values.std(unbiased=False).item()}
         found["param_norm"] = nn.utils.get_total_norm(q_network.parameters()).item()
-    losses, grads = gradients(script, q_network, args, batch)
+    losses, grads = losses_and_gradients(script, q_network, args, batch)
     found |= {"td_loss_mean": losses.mean().item(), "td_loss_var": losses.var(unbiased=False).item()}
     gram = grads @ grads.T  # (B, B)
     B, diagonal = len(gram), gram.diagonal()
@@ -123,8 +125,8 @@ def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, 
     return found | {"ntk_negative": (gram < 0).float().mean().item()}
 
 
-def play(script, args, q_network: nn.Module, options: Options):
-    """A batch of transitions of the game, with the run's own replay."""
+def play_transitions(args, q_network: nn.Module, options: Options) -> dqn_softmoe.Batch:
+    """Play the game with `q_network`, and return a batch of the transitions."""
     envs = dqn_softmoe.Environments(args, 4)
     replay = dqn_softmoe.ReplayBuffer(options.steps + 40, 4, envs.frame_shape, n_step=args.n_step, gamma=args.gamma)
     obs = torch.zeros(4, dqn_softmoe.STACK_SIZE, *envs.frame_shape, dtype=torch.uint8)
@@ -139,7 +141,7 @@ def play(script, args, q_network: nn.Module, options: Options):
         replay.add(frame, action, reward.clip(-1, 1), terminated, truncated)
         frame, start = following, terminated | truncated
     if not replay.weight.any():
-        raise ValueError(f"--steps {options.steps} is too little: no transition of {args.n_step} steps is complete")
+        raise ValueError(f"--steps {options.steps} is too small: no transition of {args.n_step} steps is complete")
     return replay.sample(options.batch_size)
 
 
@@ -148,18 +150,18 @@ class Point(NamedTuple):
     game: str
     seed: int
     step: int
-    flags: dict  # of the run: layer, num_experts and the others, as texts
-    found: dict  # measure -> value
+    flags: dict[str, str]  # layer, num_experts and the other flags of the run
+    measures: dict[str, float]
 
 
-def points(run: Path, options: Options) -> list[Point]:
-    """One for each file of weights."""
+def measure_run(run: Path, options: Options) -> list[Point]:
+    """Return a point for each file in weights/."""
     saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem))
     script, args, q_network, _ = load(saved[-1])
     agent, _ = collect.agent_and_defaults(script, vars(args))
     flags = {"layer": args.layer, "num_experts": str(args.num_experts)}
     flags |= {name: str(value) for name, value in vars(args).items() if name not in collect.NOT_SETTINGS}
-    batch, found = play(script, args, q_network, options), []
+    batch, found = play_transitions(args, q_network, options), []
     for path in tqdm(saved, desc=run.name, unit="point", dynamic_ncols=True):
         q_network.load_state_dict(dqn_softmoe.read_file(path))
         measures = measure(script, q_network, args, batch, options.tau)
@@ -167,33 +169,33 @@ def points(run: Path, options: Options) -> list[Point]:
     return found
 
 
-def picture(agent: str, those: list[Point], methods: list[tuple], options: Options) -> None:
-    """A row per game, a column per measure, a line per method, of which each point has one."""
+def plot_measures(agent: str, points: list[Point], methods: list[tuple], options: Options) -> None:
+    """Plot --measures of an agent's points: a row per game, a column per measure, a line per method."""
     values = defaultdict(lambda: defaultdict(list))  # (game, measure, method) -> step -> values of all seeds
-    for point, method in sorted(zip(those, methods, strict=True), key=lambda pair: pair[0].step):
+    for point, method in sorted(zip(points, methods, strict=True), key=lambda pair: pair[0].step):
         for name in options.measures:
-            if name in point.found:
-                values[point.game, name, method][point.step].append(point.found[name])
+            if name in point.measures:
+                values[point.game, name, method][point.step].append(point.measures[name])
     games = sorted({game for game, *_ in values})
     names = [name for name in options.measures if any(name == key[1] for key in values)]
-    look, steps = plot.line_styles([*{*methods}]), plot.unit_of_steps(agent)
+    styles, rows, unit = plot.line_styles({*methods}), [], plot.unit_of_steps(agent)
     size = {"figsize": (1.9 * len(names), 1.5 * len(games) + 0.3), "sharex": True, "squeeze": False}
-    (figure, grid), rows = plot.plt.subplots(len(games), len(names), **size), []
+    figure, grid = plot.plt.subplots(len(games), len(names), **size)
     for (game, name), axes in zip(itertools.product(games, names), grid.flat, strict=True):
         for method in sorted({*methods}, key=plot.sort_key):
-            seeds = [np.array(x) for x in values[game, name, method].values()]
+            by_step = values[game, name, method]
+            seeds = [np.array(x) for x in by_step.values()]
             if seeds:
-                bounds = [plot.interval(x[plot.bootstrap_indices([x], options)].mean(axis=1)) for x in seeds]
-                x = (4 if steps == "frames" else 1) * np.array([*values[game, name, method]])
-                line = x, [x.mean() for x in seeds], *zip(*bounds, strict=True)
-                plot.draw_bands(axes, {method: line}, look)
-                found = plot.csv_rows(method, (steps, "mean", "low", "high"), *line)
+                intervals = [plot.interval(x[plot.bootstrap_indices([x], options)].mean(axis=1)) for x in seeds]
+                x = (4 if unit == "frames" else 1) * np.array([*by_step])
+                line = x, [x.mean() for x in seeds], *zip(*intervals, strict=True)
+                plot.draw_bands(axes, {method: line}, styles)
+                found = plot.csv_rows(method, (unit, "mean", "low", "high"), *line)
                 rows += [{"game": game, "measure": name} | row for row in found]
-        axes.set_ylabel(AXES.get(name, name))
-        axes.set_title(game)
+        axes.set(title=game, ylabel=AXIS_LABELS.get(name, name))
         axes.xaxis.set_major_formatter(plot.EngFormatter(sep=""))
     for axes in grid[-1]:
-        axes.set_xlabel("frames (agent steps x 4)" if steps == "frames" else steps)
+        axes.set_xlabel("frames (agent steps x 4)" if unit == "frames" else unit)
     plot.add_legend(figure)
     plot.save_figure(figure, rows, options.output, agent, "analysis")
 
@@ -203,21 +205,22 @@ def main(options: Options) -> None:
     runs = [run for run in options.runs if any((run / "weights").glob("[0-9]*.pt"))]
     for run in options.runs:
         if run not in runs:
-            print(f"left out: {run} has no weights/: train with --weights-every", file=sys.stderr)
+            print(f"left out: {run} has no weights/; train it with --weights-every", file=sys.stderr)
     if not runs:
         raise ValueError("no run with weights/")
-    found, rows = [point for run in runs for point in points(run, options)], []
-    known = {*MEASURES}.union(*(point.found for point in found))
+    points = [point for run in runs for point in measure_run(run, options)]
+    known = {*MEASURES}.union(*(point.measures for point in points))
     if unknown := {*options.measures} - known:
-        raise ValueError(f"--measures {', '.join(unknown)}: there are {', '.join(sorted(known))}")
-    for agent in sorted({point.agent for point in found}):
-        those = [point for point in found if point.agent == agent]
-        names = plot.method_flags([*those[0].flags], [point.flags for point in those])
-        methods = [tuple((name, point.flags[name]) for name in names[point.flags["layer"]]) for point in those]
-        for point, method in zip(those, methods, strict=True):
-            which = {"agent": agent, "game": point.game, "seed": point.seed, "step": point.step}
-            rows.append(which | dict(method) | point.found)
-        picture(agent, those, methods, options)
+        raise ValueError(f"--measures {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
+    rows = []
+    for agent in sorted({point.agent for point in points}):
+        group = [point for point in points if point.agent == agent]
+        names = plot.method_flags([*group[0].flags], [point.flags for point in group])
+        methods = [tuple((name, point.flags[name]) for name in names[point.flags["layer"]]) for point in group]
+        for point, method in zip(group, methods, strict=True):
+            identity = {"agent": agent, "game": point.game, "seed": point.seed, "step": point.step}
+            rows.append(identity | dict(method) | point.measures)
+        plot_measures(agent, group, methods, options)
     plot.write_csv(options.output / "analysis.csv", rows)
     print(f"{len(rows)} points in {options.output / 'analysis.csv'}")
 

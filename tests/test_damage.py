@@ -139,7 +139,7 @@ def test_a_changed_bit_of_weights(script, args, tmp_path, refused):
             assert f"{path} is damaged" in refused(evaluate.main, options)
         else:
             assert f"{path} is damaged" in refused(evaluate.load, path)
-            assert f"{path} is damaged" in refused(analyze.points, run, analyze.Options([run], steps=100))
+            assert f"{path} is damaged" in refused(analyze.measure_run, run, analyze.Options([run], steps=100))
         path.write_bytes(content)
 
 
