@@ -361,9 +361,9 @@ def plot_over_x(agent: str, methods: list[tuple], rows: list[dict], ylabel: str,
 
 
 def methods_to_draw(methods: list[tuple], options: Options) -> list[tuple]:
-    """Return the methods of --methods. The default is all, or if they are many, the last and first of each layer."""
-    if options.methods:
-        return [method for method in methods if label(method) in options.methods]
+    """Return the methods that --methods names. Without any, return all, or the last and first of each layer if many."""
+    if chosen := [method for method in methods if label(method) in options.methods]:
+        return chosen
     layers = [list(group) for _, group in itertools.groupby(methods, lambda method: method[0][1])]
     ends = dict.fromkeys(group[i] for i in (-1, 0) for group in layers)
     return methods if len(methods) <= MAX_CURVES else sorted([*ends][:MAX_CURVES], key=sort_key)

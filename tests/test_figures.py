@@ -280,6 +280,8 @@ def test_at_most_six_methods_are_drawn_unless_others_are_named():
     ]
     assert plot.methods_to_draw(methods[:6], plot.Options(Path())) == methods[:6]
     assert plot.methods_to_draw(methods, plot.Options(Path(), methods=("Soft MoE, 2 experts",))) == [methods[9]]
+    of_another_agent = plot.Options(Path(), methods=("Soft MoE, 2 experts",))
+    assert plot.methods_to_draw(methods[:6], of_another_agent) == methods[:6]
     looks = [tuple(map(str, look.values())) for look in plot.line_styles(methods).values()]
     assert len(set(looks)) == 12
 
