@@ -1,9 +1,9 @@
-"""Raw returns of whole games with a network that a run has left.
+"""Evaluate a saved network and print its mean raw return over whole games.
 
     python scripts/evaluate.py runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1 --episodes 100
     python scripts/evaluate.py runs/.../weights/250000.pt
 
-Plays as the run's own evaluation does: each game in an environment of its own, side by side, at --epsilon, noise off.
+The games are played in parallel and without the noise of noisy layers, as in the evaluation at the end of a run.
 """
 
 import importlib
@@ -19,32 +19,31 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-dqn_softmoe = importlib.import_module("dqn_softmoe")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dqn_softmoe
 
 
 @dataclass
 class Options:
-    path: Annotated[Path, tyro.conf.Positional]  # run directory, or a file of weights in one
-    episodes: int = 100  # games
-    epsilon: float = 0.001  # share of random actions
-    seed: int = 1  # of games and random actions
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # JSON file for all returns (default: none)
-    cuda: bool = True  # on the GPU where there is one
+    path: Annotated[Path, tyro.conf.Positional]  # run directory, or a weights file in it
+    episodes: int = 100  # number of games
+    epsilon: float = 0.001  # probability of a random action
+    seed: int = 1  # seed of the games and of the random actions
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # JSON file with the return of every game
+    cuda: bool = True  # run on the GPU if there is one
 
 
 def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.Module, Path]:
-    """Script, its Args, network and weights of a run directory or a file in it; FileNotFoundError if there are none."""
+    """Load the network of a weights file or of a run directory. Returns its script, its Args, itself and the file."""
     run = path if path.is_dir() else path.parent.parent if path.parent.name == "weights" else path.parent
-    saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem))
-    weights = path if path.is_file() else run / "weights.pt" if (run / "weights.pt").exists() else [*saved, None][-1]
+    saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem), reverse=True)
+    weights = next((file for file in (path, run / "weights.pt", *saved) if file.is_file()), None)
     if weights is None or not (run / "config.json").exists():
-        raise FileNotFoundError(f"{path}: no config.json with weights.pt or weights/ is there")
+        raise FileNotFoundError(f"{path}: there is no config.json, or neither weights.pt nor a file in weights/")
     config = json.loads((run / "config.json").read_text())
     script = importlib.import_module(Path(config["script"]).stem)
-    known = script.Args.__dataclass_fields__
-    args = script.Args(**{name: value for name, value in config["args"].items() if name in known})
+    fields = script.Args.__dataclass_fields__
+    args = script.Args(**{name: value for name, value in config["args"].items() if name in fields})
     args.cuda = cuda and torch.cuda.is_available()
     envs = dqn_softmoe.Environments(args, 1)
     q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
@@ -69,5 +68,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with dqn_softmoe.one_line_errors(Exception):
-        options = tyro.cli(Options, description=__doc__.split("\n\n")[0])
-        main(options)
+        main(tyro.cli(Options, description=__doc__.split("\n\n")[0]))
