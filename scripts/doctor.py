@@ -1,9 +1,10 @@
-"""Whether a command will run here, and how long it will take, before it takes days.
+"""Check whether a command will run on this machine, and estimate how long it will take.
 
     python scripts/doctor.py python dqn_softmoe.py --num-experts 8 --env-id BreakoutNoFrameskip-v4
 
-Says versions, GPU and compiler, the game's ROM, the memory and disk that the command needs and that there are, and runs
-it for 20 seconds, or up to a minute, to see how fast it is. Exit code 1 where something is missing.
+Prints the versions, the device, the game with its ROM, and the memory and disk space that the command needs and that
+are free. Then runs the command for 20 seconds, or up to a minute on a slow machine, to measure its speed. The exit
+code is 1 if a check fails.
 """
 
 import csv
@@ -11,6 +12,7 @@ import importlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,88 +28,85 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 dqn_softmoe = importlib.import_module("dqn_softmoe")
+WARM_UP = 12  # first rows of metrics.csv that `probe` leaves out: nothing is learned yet, or code is being compiled
 
 
-def say(good: bool | None, what: str, text: str) -> bool:
-    """A line; None is neither good nor bad."""
-    print(f"{ {True: 'ok', False: 'NO', None: '--'}[good] }  {what:12} {text}", flush=True)
-    return good is not False
+def report(passed: bool | None, check: str, text: str) -> bool:
+    """Print the outcome of a check and return False if it failed. None means that there was nothing to decide."""
+    print(f"{ {True: 'ok', False: 'NO', None: '--'}[passed] }  {check:12} {text}", flush=True)
+    return passed is not False
 
 
-def check_device(args, script) -> bool:
+def check_device(script, args) -> bool:
     try:
         device = script.open_device(args)
     except ValueError as error:
-        return say(False, "device", str(error))
+        return report(False, "device", str(error))
     if device.type == "cpu":
-        return say(None, "device", f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+        return report(None, "device", f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     free, total = torch.cuda.mem_get_info()
-    return say(True, "device", f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
+    return report(True, "device", f"{torch.cuda.get_device_name()}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free")
 
 
-def check_game(args, script) -> bool:
+def check_game(script, args) -> bool:
     try:
         envs = script.Environments(args, 1)
     except Exception as error:
-        return say(False, "game", f"{args.env_id}: {error}")
+        return report(False, "game", f"{args.env_id}: {error}")
     rom = f"; ROM {Path(ale_py.roms.get_rom_path(envs.game)).name}" if envs.game else ""
-    return say(True, "game", f"{args.env_id}, {envs.num_actions} actions, frames of {envs.frame_shape}{rom}")
+    return report(True, "game", f"{args.env_id}, {envs.num_actions} actions, frames of {envs.frame_shape}{rom}")
 
 
-def needs(args, script) -> tuple[int, int]:
-    """Bytes of the replay, or offline of the unpacked data; and of a file of weights."""
+def required_bytes(script, args) -> tuple[int, int]:
+    """Return the bytes of the replay, or of the unpacked data of an offline run, and those of a weights file."""
     envs = script.Environments(args, 1)
     q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
     weights = sum(parameter.nbytes for parameter in q_network.parameters())
     if hasattr(args, "buffer_size"):
-        replay = script.ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape)  # takes no memory yet
+        replay = script.ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape)  # takes no memory until filled
         return sum(buffer.nbytes for buffer in replay.buffers()), weights
     archives = (zipfile.ZipFile(path) for path in Path(args.dataset_dir).glob("**/[0-9]*.npz"))
     return sum(info.file_size for archive in archives for info in archive.infolist()), weights
 
 
-def check_memory(args, script) -> bool:
+def check_memory(script, args) -> bool:
     if not hasattr(args, "buffer_size"):
-        need, _ = needs(args, script)
-        data = f"{args.dataset_dir or 'no --dataset-dir'}, {need / 1e9:.1f} GB unpacked, mapped from the disk"
-        return say(need > 0, "data", data)
+        need, _ = required_bytes(script, args)
+        folder = args.dataset_dir or "no --dataset-dir"
+        return report(need > 0, "data", f"{folder}, {need / 1e9:.1f} GB when unpacked, memory-mapped from the disk")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     try:
         place = script.replay_device(args, script.Environments(args, 1).frame_shape, device)
     except ValueError as error:
-        return say(False, "memory", str(error))
-    need, free = needs(args, script)[0] / 1e9, script.free_memory() / 1e9
-    return say(True, "memory", f"a replay of {need:.1f} GB on the {place}; {free:.1f} GB of the host's are free")
+        return report(False, "memory", str(error))
+    need, free = required_bytes(script, args)[0] / 1e9, script.free_memory() / 1e9
+    return report(True, "memory", f"replay of {need:.1f} GB on the {place}; {free:.1f} GB of host memory are free")
 
 
-def check_disk(args, script) -> bool:
-    runs_dir, (need, weights) = Path(args.runs_dir).absolute(), needs(args, script)
+def check_disk(script, args) -> bool:
+    runs_dir, (need, weights) = Path(args.runs_dir).absolute(), required_bytes(script, args)
     folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     length = getattr(args, "total_timesteps", None) or args.total_updates
     if hasattr(args, "buffer_size"):
-        need *= 2 * min(1, length / args.buffer_size)  # a checkpoint is written beside the last
-        need += 100 * length * args.save_replay
+        need *= 2 * min(1, length / args.buffer_size)  # a new checkpoint and the one that it replaces
+        need += 100 * length * args.save_replay  # a compressed transition takes about 100 bytes
     need += weights * (length // args.weights_every if args.weights_every else 1)
     free = shutil.disk_usage(folder).free
-    return say(need < free, "disk", f"up to {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
-
-
-WARM_UP = 12  # rows of metrics.csv before those that count: they learn nothing, or compile
+    return report(need < free, "disk", f"up to {need / 1e9:.1f} GB in {folder}; {free / 1e9:.1f} GB are free")
 
 
 def probe(script, args, seconds: float, at_most: float = 60) -> bool:
-    """Run it with an early start of learning, on a smaller ring, until the time is over and there is a number."""
+    """Run the script for `seconds`, or for up to `at_most` if it has not learned by then, and report its speed.
+
+    Learning starts early and the replay is small, so that the run soon reaches its final speed.
+    """
     if not hasattr(args, "total_timesteps"):
-        return say(None, "speed", "not tried: it depends on the data")
+        return report(None, "speed", "not measured, because it depends on the data")
     with tempfile.TemporaryDirectory() as folder:
-        start = max(400, 2 * args.num_envs * (args.n_step + 2))
-        settings = {
-            "total_timesteps": 10**9,
-            "buffer_size": max(20_000, 2 * start),
-            "learning_starts": start,
-            "iteration_steps": start // 10,
-        }
-        settings |= {"checkpoint_every": 0, "weights_every": 0, "runs_dir": folder, "run_name": "probe", "resume": None}
+        steps = max(400, 2 * args.num_envs * (args.n_step + 2))
+        settings = {"learning_starts": steps, "iteration_steps": steps // 10, "buffer_size": max(20_000, 2 * steps)}
+        settings |= {"total_timesteps": 10**9, "checkpoint_every": 0, "weights_every": 0}
+        settings |= {"runs_dir": folder, "run_name": "probe", "resume": None}
         code = f"import {script.__name__} as script; script.main(script.Args(**{vars(args) | settings}))"
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -125,13 +124,13 @@ def probe(script, args, seconds: float, at_most: float = 60) -> bool:
         child.kill()
         error = child.communicate()[1].strip().splitlines()
     rates = rates[WARM_UP:]
-    if child.returncode != -9:
-        return say(False, "speed", error[-1] if error else f"exit code {child.returncode}")
+    if child.returncode != -signal.SIGKILL:
+        return report(False, "speed", error[-1] if error else f"exit code {child.returncode}")
     if not rates:
-        return say(None, "speed", f"no number within {at_most:g} s: the machine is slow, or busy with other work")
+        return report(None, "speed", f"no number after {at_most:g} s: the machine is slow or busy with other work")
     rate = np.median(rates).item()
     hours = args.total_timesteps / rate / 3600
-    return say(True, "speed", f"{rate:.0f} agent steps/s while learning: {hours:.1f} hours, without the evaluation")
+    return report(True, "speed", f"{rate:.0f} agent steps/s while learning: {hours:.1f} hours without the evaluation")
 
 
 def main() -> int:
@@ -150,12 +149,11 @@ def main() -> int:
         script = importlib.import_module(Path(command[0]).stem)
         args = script.parse_args()
         script.check_args(args)
-    say(True, "versions", f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}")
-    good = [check_device(args, script), check_game(args, script)]
-    for check in (check_memory, check_disk):
-        good.append(good[-1] and check(args, script))
-    good.append(all(good) and probe(script, args, 20))
-    return int(not all(good))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}"
+    report(True, "versions", versions)
+    device_works = check_device(script, args)
+    fits = check_game(script, args) and check_memory(script, args) and check_disk(script, args)
+    return int(not (device_works and fits and probe(script, args, 20)))
 
 
 if __name__ == "__main__":
