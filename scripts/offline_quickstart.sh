@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Log a short run of Pong, then train CQL+C51 with a Soft MoE on it: the whole offline path in one command.
+# Save the transitions of a short run of Pong and train CQL+C51 with a Soft MoE on them.
 #
 #     scripts/offline_quickstart.sh [folder]
 #
-# Sized for two CPU cores: a few minutes. The agent learns nothing worth reporting from so little data.
+# The script takes a few minutes on two CPU cores. The agent learns next to nothing from so little data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-runs/offline_quickstart}
-game=PongNoFrameskip-v4  # it starts without FIRE: an untrained agent ends its evaluation games
+game=PongNoFrameskip-v4  # starts without the FIRE action, so that an untrained agent finishes its games
 if [ -e "$folder" ]; then
-    echo "error: $folder exists, name another folder" >&2
+    echo "error: $folder already exists; name another folder" >&2
     exit 2
 fi
 

@@ -1,4 +1,4 @@
-"""Two pictures of the READMEs: `python scripts/pictures.py` writes layer.png and breakout.png in scripts/results."""
+"""Draw layer.png and breakout.png of the READMEs in scripts/results: `python scripts/pictures.py`."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ BLUE, GREY, HUES = "#0072B2", "#888888", ("#0072B2", "#E69F00", "#009E73", "#CC7
 RUNS = {"DQN": "breakout_dqn_dense_nature_seed1", "Rainbow": "breakout_rainbow_c51_dense_nature_seed1"}
 plt.rcParams |= {"font.size": 9, "figure.constrained_layout.use": True, "legend.frameon": False}
 
-# The layer: every slot reads every token, and every token reads every slot's output.
+# layer.png: every slot is a mixture of all tokens, and every output token is a mixture of all slots.
 figure = plt.figure(figsize=(9, 3.7), dpi=110)
 ax = figure.add_subplot(xlim=(0, 96), ylim=(-2, 39), aspect="equal", frame_on=False, xticks=[], yticks=[])
 frame = AtariVectorEnv("breakout", 1, stack_num=1, use_fire_reset=True).reset(seed=1)[0][0, 0]
@@ -35,15 +35,15 @@ for token in tokens:
 for start, end in ((13.5, 20.5), (33.5, 38.5), (83, 88)):
     ax.annotate("", (end, 16), (start, 16), arrowprops={"arrowstyle": "-|>", "color": "black"})
 ax.text(92, 16, "Q(s, a)", ha="center", va="center")
-words = {6.5: "4 frames,\n84 × 84", 27: "encoder:\nC × 11 × 11", 40.8: "121 tokens\nof C numbers"}
-words |= {60.5: "slots and\nexperts", 80.8: "121 tokens\nof C numbers", 92: "flattened,\nhead"}
-for x, text in words.items():
+labels = {6.5: "4 frames,\n84 × 84", 27: "encoder:\nC × 11 × 11", 40.8: "121 tokens\nof C numbers"}
+labels |= {60.5: "slots and\nexperts", 80.8: "121 tokens\nof C numbers", 92: "flattened,\nhead"}
+for x, text in labels.items():
     ax.text(x, 39, text, ha="center", va="top")
 ax.text(47.5, -2, "dispatch: softmax over tokens", ha="center", c=GREY)
 ax.text(74, -2, "combine: softmax over slots", ha="center", c=GREY)
 figure.savefig(RESULTS / "layer.png")
 
-# Breakout: the mean return of our first iterations, and the lowest, mean and highest of the published seeds.
+# breakout.png: mean return of our first iterations, and the lowest, mean and highest of the published seeds.
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.3), dpi=130, sharey=True)
 published = list(csv.DictReader((SCRIPTS / "reference_curves.csv").open()))
 for ax, (agent, run) in zip(axes, RUNS.items(), strict=True):
