@@ -1,21 +1,21 @@
-"""How fast the agents are, and where their time goes.
+"""Measure how fast the agents are and how the time divides among the parts of their loop.
 
-    python scripts/benchmark.py --quick                           # a few cases, under two minutes
-    python scripts/benchmark.py                                   # every agent, encoder and layer, and what follows
+    python scripts/benchmark.py --quick                           # a few cases, in less than two minutes
+    python scripts/benchmark.py                                   # all agents, encoders and layers, and the extras
     python scripts/benchmark.py --agents dqn --encoders nature --layers dense --no-extras
 
-A case is the script itself, in a process of its own that pauses after each iteration; the cases go on by turns, because
-timings of one machine drift. After an iteration the parts of a round are timed alone, with the agent as it is then:
-acting, storing, drawing, update (forward, target, backward, Adam), priorities, emulation. Emulation overlaps with
-learning, so the parts may sum up to more than the round. Extras: experts from 1 to 64, encoders 2 and 4 times as wide,
-8 and 16 environments, and on a GPU eager, compiled and graphed code. Prints medians and what the README claims, writes
-benchmark.json and benchmark.png.
+A case runs the script of an agent in a process of its own, which pauses after each iteration. The cases take turns,
+because the speed of a machine drifts. After an iteration each part of the loop is timed alone, with the agent in its
+current state: act, store, draw, update (forward, target, backward, Adam), priorities and emulation. The parts may sum
+up to more than the loop, because emulation overlaps with learning. The extras are 1 to 64 experts, encoders of 2 and 4
+times the width, 8 and 16 environments and, on a GPU, the other modes: eager, compiled and graphed code. Prints medians
+and the speeds that the README states, and writes benchmark.json and benchmark.png.
 """
 
 import importlib
 import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
 import platform
 import re
@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-MODES = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled+graph": (True, True)}
 
-GROUP = 16  # cases in memory at a time
+# Values of --compile and --cuda-graphs in each mode.
+MODES = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled+graph": (True, True)}
+GROUP_SIZE = 16  # cases whose processes run at the same time
 NAMES = {"dqn": "DQN", "rainbow": "Rainbow", "der": "DER", "cql": "CQL", "impala": "Impala", "nature": "Nature"}
 NAMES |= {"softmoe": "Soft MoE", "top1moe": "Top-1 MoE", "dense": "dense"}
 BEST = "compiled+graph" if torch.cuda.is_available() else "eager"
@@ -51,15 +52,15 @@ class Options:
     agents: tuple[Literal["dqn", "rainbow", "der", "cql"], ...] = ("dqn", "rainbow", "der", "cql")
     encoders: tuple[Literal["impala", "nature"], ...] = ("impala", "nature")
     layers: tuple[Literal["softmoe", "top1moe", "dense"], ...] = ("softmoe", "top1moe", "dense")
-    modes: tuple[Literal["eager", "compiled", "graph", "compiled+graph"], ...] = ()  # default: the fastest there is
-    extras: bool = True  # also experts from 1 to 64, widths, environments and, on a GPU, modes
-    quick: bool = False  # a turn, Nature, a layer per agent and no extras
-    turns: int = 3  # times that everything is measured
-    updates: int | None = None  # updates of an iteration (default: GPU 500, CPU 25)
-    minutes: float = 8.0  # what is not ready by then is left out (--quick: at most 2)
+    modes: tuple[Literal["eager", "compiled", "graph", "compiled+graph"], ...] = ()  # how code runs (default: fastest)
+    extras: bool = True  # also measure 1 to 64 experts, wider encoders, more environments and, on a GPU, all modes
+    quick: bool = False  # one turn, the Nature CNN, one layer per agent, no extras and at most 2 minutes
+    turns: int = 3  # measurements of each case
+    updates: int | None = None  # updates per iteration (default: GPU 500, CPU 25)
+    minutes: float = 8.0  # time limit; cases that are not ready by then are left out
     env_id: str = "BreakoutNoFrameskip-v4"  # environment
     output: Path = Path("benchmark")  # folder for benchmark.json and benchmark.png
-    cuda: bool = True  # on the GPU where there is one
+    cuda: bool = True  # run on the GPU if there is one
 
     def __post_init__(self):
         self.cuda = self.cuda and torch.cuda.is_available()
@@ -78,26 +79,26 @@ class Case:
     num_experts: int | None = None
     encoder_width: int | None = None
     num_envs: int | None = None
-    rates: list[float] = field(default_factory=list)  # agent steps (CQL: updates) per second of the loop
-    parts: dict[str, list[float]] = field(default_factory=dict)  # seconds of a call
+    rates: list[float] = field(default_factory=list)  # agent steps (CQL: updates) per second
+    parts: dict[str, list[float]] = field(default_factory=dict)  # seconds per call
     calls: dict[str, float] = field(default_factory=dict)  # calls per agent step (CQL: per update)
     parameters: int = 0
-    gigabytes: float = 0.0  # peak of the GPU's memory, else of the process's
+    gigabytes: float = 0.0  # peak memory of the GPU or, without one, of the process
     failure: str = ""
 
-    def given(self) -> dict[str, int]:
+    def changed_args(self) -> dict[str, int]:
         return {name: n for name in ("num_experts", "encoder_width", "num_envs") if (n := getattr(self, name))}
 
     def __str__(self) -> str:
-        words = {"num_experts": f"{self.num_experts} expert{'s' * (self.num_experts != 1)}"}
-        words |= {"encoder_width": f"width x{self.encoder_width}", "num_envs": f"{self.num_envs} environments"}
-        given = "".join(f", {words[name]}" for name in self.given())
-        network = " ".join(NAMES[part] for part in (self.agent, self.encoder, self.layer))
-        return f"{network}{given}{f', {self.mode}' * (self.mode != BEST)}"
+        labels = [" ".join(NAMES[part] for part in (self.agent, self.encoder, self.layer))]
+        labels += [f"{self.num_experts} expert{'s' * (self.num_experts != 1)}"] if self.num_experts else []
+        labels += [f"width x{self.encoder_width}"] if self.encoder_width else []
+        labels += [f"{self.num_envs} environments"] if self.num_envs else []
+        return ", ".join(labels + [self.mode] * (self.mode != BEST))
 
 
 def cases(options: Options) -> list[Case]:
-    """The most telling first."""
+    """Return the cases to measure, the most important ones first."""
     if options.quick:
         networks = [("dqn", "nature", "dense"), *((agent, "nature", "softmoe") for agent in options.agents)]
         return [Case(*network, mode) for network in networks for mode in options.modes]
@@ -114,9 +115,10 @@ def cases(options: Options) -> list[Case]:
 
 
 def seconds_per_call(function, seconds: float) -> float:
-    """Mean of as many calls as fit into `seconds`; a GPU is waited for at the end."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
-    function(), wait()
+    """Return the mean seconds per call, over as many calls as fit into `seconds`. Waits for the GPU at the end."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    function()
+    wait()
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < seconds:
         function()
@@ -126,40 +128,38 @@ def seconds_per_call(function, seconds: float) -> float:
 
 
 def parts_of(script, agent, envs) -> tuple[dict, dict]:
-    """Functions that do a part of a round each, as the script does it; how often an agent step (update) needs them."""
+    """Return a function for each part of the loop, and how often it is called per agent step (CQL: per update)."""
     args, graphs = agent.args, agent.args.cuda_graphs and agent.device.type == "cuda"
-    graph = script.CudaGraph if graphs else lambda function: function
-    replay = getattr(agent, "replay", None) or agent.data
-    B, batch = args.batch_size, replay.sample(args.batch_size)
+    capture = script.CudaGraph if graphs else lambda function: function
+    replay = agent.replay if hasattr(agent, "replay") else agent.data
+    batch = replay.sample(args.batch_size)
     batch = script.Batch(*(x.to(agent.device) if isinstance(x, torch.Tensor) else x for x in batch))
-    losses = torch.ones(B, device=agent.device)
-    parts = {"update": graph(lambda: agent.update(*batch)), "draw": graph(lambda: replay.sample(B))}
+    losses = torch.ones(args.batch_size, device=agent.device)
+    parts = {"update": capture(lambda: agent.update(*batch)), "draw": capture(lambda: replay.sample(args.batch_size))}
     if not hasattr(agent, "act"):
         return parts, dict.fromkeys(parts, 1.0)
-    calls = dict.fromkeys(parts, args.replay_ratio)
     if getattr(args, "prioritized", False):
-        parts["priorities"] = graph(lambda: replay.update_priorities(batch.index, losses))
-        calls["priorities"] = args.replay_ratio
-    N = args.num_envs
+        parts["priorities"] = capture(lambda: replay.update_priorities(batch.index, losses))
+    calls, N = dict.fromkeys(parts, args.replay_ratio), args.num_envs
     frame, action = np.zeros((N, *envs.frame_shape), np.uint8), np.zeros(N, np.int64)
-    number, flag = np.zeros(N), np.zeros(N, bool)
+    reward, ended = np.zeros(N), np.zeros(N, bool)
 
     def emulate():
         envs.send(action)
         envs.recv()
 
     envs.reset(0)
-    parts["act"] = lambda: agent.act(frame, flag, np.float64(0)).cpu()
-    parts |= {"store": lambda: agent.observe(number, flag, flag), "emulation": emulate}
+    parts["act"] = lambda: agent.act(frame, ended, np.float64(0)).cpu()
+    parts |= {"store": lambda: agent.observe(reward, ended, ended), "emulation": emulate}
     return parts, calls | dict.fromkeys(("act", "store", "emulation"), 1 / N)
 
 
 def work(case: Case, options: Options, folder: Path, data: Path, connection) -> None:
-    """Run the case's script; after each iteration, once it learns, measure, report, and wait for the next turn."""
-    tqdm.set_lock(threading.RLock())  # the usual one outlives a process that is killed
-    for number, path in ((1, os.devnull), (2, folder / str(os.getpid()))):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    script, made, warm_until = importlib.import_module(f"{case.agent}_softmoe"), {}, options.updates
+    """Run the script of a case. After each iteration measure the parts, send the case and wait for the next turn."""
+    tqdm.set_lock(threading.RLock())  # the default lock, a system semaphore, outlives a process that is killed
+    for descriptor, path in ((1, os.devnull), (2, folder / str(os.getpid()))):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    script, built, warm_until = importlib.import_module(f"{case.agent}_softmoe"), {}, options.updates
     offline, (compile, cuda_graphs) = case.agent == "cql", MODES[case.mode]
     settings = {"env_id": options.env_id, "encoder": case.encoder, "layer": case.layer, "compile": compile}
     settings |= {"cuda": options.cuda, "cuda_graphs": cuda_graphs, "checkpoint_every": 0}
@@ -172,49 +172,50 @@ def work(case: Case, options: Options, folder: Path, data: Path, connection) -> 
         warm_until = 100 + steps
 
     class Agent(script.Agent):
-        def __init__(self, *given):
-            super().__init__(*given)
-            made["agent"], made["envs"] = self, script.Environments(self.args, self.args.num_envs)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            built["agent"], built["envs"] = self, script.Environments(self.args, self.args.num_envs)
 
     class RunLog(script.RunLog):
-        def iteration(self, now, *given):
-            case.rates.append(given[0] if offline else self.sps(now))
-            super().iteration(now, *given)
+        def iteration(self, now, *arguments):
+            case.rates.append(arguments[0] if offline else self.sps(now))
+            super().iteration(now, *arguments)
             if now >= warm_until:
-                if "parts" in made:
-                    for name, function in made["parts"].items():
+                if "parts" in built:
+                    for name, function in built["parts"].items():
                         case.parts.setdefault(name, []).append(seconds_per_call(function, 0.2))
                 else:
-                    made["parts"], case.calls = parts_of(script, made["agent"], made["envs"])
-                    for function in [*made["parts"].values()] * 12:  # warm up, capture
+                    built["parts"], case.calls = parts_of(script, built["agent"], built["envs"])
+                    for function in [*built["parts"].values()] * 12:  # warm up and capture CUDA graphs
                         function()
                     case.rates, case.parts = [], {}
-                case.parameters = sum(p.numel() for p in made["agent"].q_network.parameters())
+                case.parameters = sum(p.numel() for p in built["agent"].q_network.parameters())
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 case.gigabytes = (torch.cuda.max_memory_allocated() if options.cuda else peak) / 1e9
                 connection.send(case)
                 connection.recv()
-            self.started = now, time.monotonic()
+            self.started = now, time.monotonic()  # the speed of the next iteration does not include the measurement
 
     script.Agent, script.RunLog, script.evaluate = Agent, RunLog, lambda *_: [0.0]
-    script.main(script.Args(**settings | case.given()))
+    script.main(script.Args(**settings | case.changed_args()))
 
 
 def measure(group: list[Case], options: Options, folder: Path, data: Path, deadline: float, bar: tqdm) -> list[Case]:
-    """Warm the cases up side by side, then measure them by turns, until the deadline; the cases as they are then."""
-    found, context, running = list(group), multiprocessing.get_context("spawn"), []
+    """Warm up the cases side by side and measure them in turns until the deadline. Returns the measured cases."""
+    measured, context, running = list(group), multiprocessing.get_context("spawn"), []
 
     def receive(number: int, connection, process) -> bool:
+        """Wait for the next report of a case. Returns False if the case fails or is not ready in time."""
         try:
             if connection.poll(max(deadline - time.monotonic(), 1)):
-                found[number] = connection.recv()
+                measured[number] = connection.recv()
             else:
-                found[number].failure = f"there was no time for it in {options.minutes:g} minutes"
-        except EOFError:  # it failed
+                measured[number].failure = f"not ready within {options.minutes:g} minutes"
+        except EOFError:  # the process has ended
             process.join()
-            found[number].failure = ((folder / str(process.pid)).read_text().strip() or "?").splitlines()[-1]
+            measured[number].failure = ((folder / str(process.pid)).read_text().strip() or "?").splitlines()[-1]
         bar.update()
-        return not found[number].failure
+        return not measured[number].failure
 
     try:
         for number, case in enumerate(group):
@@ -223,7 +224,7 @@ def measure(group: list[Case], options: Options, folder: Path, data: Path, deadl
             process.start()
             theirs.close()
             running.append((number, ours, process))
-        running = [part for part in running if receive(*part)]
+        running = [entry for entry in running if receive(*entry)]
         for turn in range(options.turns):
             if turn == 0 or time.monotonic() < deadline:
                 for number, connection, process in list(running):
@@ -234,21 +235,21 @@ def measure(group: list[Case], options: Options, folder: Path, data: Path, deadl
         for _, connection, process in running:
             connection.close()
             process.kill()
-    return found
+    return measured
 
 
 def run(options: Options, folder: Path) -> list[Case]:
-    """All cases, some at a time, for their memory."""
+    """Measure all cases, a group at a time so that they fit into memory."""
     todo, done, deadline = cases(options), [], time.monotonic() + 60 * options.minutes
     data = make_data(options, folder) if "cql" in options.agents else folder
     with tqdm(total=len(todo) * (1 + options.turns), desc="warm-ups and turns", dynamic_ncols=True) as bar:
-        for start in range(0, len(todo), GROUP):
-            done += measure(todo[start : start + GROUP], options, folder, data, deadline, bar)
+        for start in range(0, len(todo), GROUP_SIZE):
+            done += measure(todo[start : start + GROUP_SIZE], options, folder, data, deadline, bar)
     return done
 
 
 def make_data(options: Options, folder: Path) -> Path:
-    """A log of random play, for the offline agent."""
+    """Save transitions of a random policy for the offline agent and return the directory of the run."""
     flags = "--total-timesteps 4000 --encoder nature --layer dense --buffer-size 10000 --no-cuda --eval-episodes 0"
     command = [sys.executable, ROOT / "dqn_softmoe.py", *flags.split(), "--save-replay", "--env-id", options.env_id]
     subprocess.run([*command, "--runs-dir", folder, "--run-name", "data"], capture_output=True)
@@ -256,22 +257,22 @@ def make_data(options: Options, folder: Path) -> Path:
 
 
 def machine(options: Options) -> dict:
-    cpu = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
-    cpu = cpu[1] if cpu else platform.processor() or platform.machine()
+    """Return the hardware and the versions that the speed depends on."""
+    path = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
+    cpu = model[1] if model else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if options.cuda else "none"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ale_py": ale_py.__version__}
     return {"gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()} | versions
 
 
-CLAIMS = {  # of the README
+CLAIMS = {  # the speeds that the README states
     ("dqn", "nature", "dense"): "{rate:,.0f} agent steps/s",
     ("rainbow", "impala", "softmoe"): "{rate:,.0f} agent steps/s",
     ("der", "nature", "softmoe"): "100,000 agent steps in {seconds:,.0f} s",
     ("cql", "impala", "softmoe"): "{rate:,.0f} updates/s",
 }
-PARTS = {  # colour (Okabe and Ito's palette) and hatch in the picture
+PARTS = {  # color (Okabe and Ito's palette) and hatch of each part in the picture
     "update": ("#0072B2", ""),
     "draw": ("#56B4E9", "//"),
     "priorities": ("#CC79A7", "xx"),
@@ -282,13 +283,13 @@ PARTS = {  # colour (Okabe and Ito's palette) and hatch in the picture
 
 
 def medians(case: Case) -> dict[str, float]:
-    """Steps (updates) per second of the loop, and seconds that each part takes of a step's."""
+    """Return the steps (CQL: updates) per second of the loop as `rate`, and the seconds per step of each part."""
     parts = {name: statistics.median(times) * case.calls[name] for name, times in case.parts.items()}
     return {"rate": statistics.median(case.rates), **parts}
 
 
 def table(done: list[Case]) -> str:
-    """80 columns."""
+    """Format the speeds of the cases, and the share of each part, in 80 columns."""
     labels = ("update", " draw", " prio", " act", " store", " emul")
     lines = [f"{'':33}{'loop':>7}{'update':>8}  share of the loop's time, %"]
     lines.append(f"{BEST + ' code':33}{'1/s':>7}{'1/s':>8} {''.join(labels)}")
@@ -296,14 +297,14 @@ def table(done: list[Case]) -> str:
         found = medians(case)
         shares = {name: f"{100 * found[name] * found['rate']:.0f}" if name in found else "-" for name in PARTS}
         cells = "".join(f"{share:>{len(label)}}" for share, label in zip(shares.values(), labels, strict=True))
-        rates = found["rate"], 1 / statistics.median(case.parts["update"])
-        rates = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates)
-        lines.append("{!s:33}{:>7}{:>8} {}".format(case, *rates, cells))
+        rates = (found["rate"], 1 / statistics.median(case.parts["update"]))
+        loop, update = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates)
+        lines.append(f"{case!s:33}{loop:>7}{update:>8} {cells}")
     return "\n".join(lines)
 
 
 def picture(done: list[Case], title: str, path: Path) -> None:
-    """Milliseconds of a step by part, stacked, and of the whole loop."""
+    """Draw the milliseconds per step of each part, as stacked bars, and of the whole loop."""
     try:
         import matplotlib
 
@@ -319,7 +320,7 @@ def picture(done: list[Case], title: str, path: Path) -> None:
         width = np.array([1e3 * values.get(part, 0) for values in found])
         axes.barh(names, width, left=left, color=color, edgecolor="black", linewidth=0.5, hatch=hatch, label=part)
         left += width
-    for color, width in (("white", 5), ("black", 2.5)):
+    for color, width in (("white", 5), ("black", 2.5)):  # black marks with a white border
         axes.plot([1e3 / values["rate"] for values in found], names, "|", color=color, ms=15, mew=width)
     axes.plot([], [], "|", color="black", ms=15, mew=2.5, label="the loop")
     axes.margins(y=0.02)
@@ -332,27 +333,26 @@ def picture(done: list[Case], title: str, path: Path) -> None:
 
 def main(options: Options) -> int:
     if min(options.turns, options.updates) < 1 or options.output.is_file():
-        print("error: --turns and --updates must be at least 1, --output a folder", file=sys.stderr)
+        print("error: --turns and --updates must be at least 1, and --output must not be a file", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
-        todo = run(options, Path(folder))
-    done, where = [case for case in todo if case.rates and case.parts], machine(options)
+        measured = run(options, Path(folder))
+    done, hardware = [case for case in measured if case.rates and case.parts], machine(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    content = {"machine": where, "options": asdict(options), "cases": [asdict(case) for case in todo]}
+    content = {"machine": hardware, "options": asdict(options), "cases": [asdict(case) for case in measured]}
     (options.output / "benchmark.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
-    hardware = where["gpu"] if options.cuda else f"{where['cpu']}, threads: {where['threads']}"
-    print(
-        f"{hardware}; torch {where['torch']}, ale-py {where['ale_py']}; median of {options.turns} turns\n{table(done)}"
-    )
-    picture(done, hardware, options.output / "benchmark.png")
-    for case in todo:
+    title = hardware["gpu"] if options.cuda else f"{hardware['cpu']}, threads: {hardware['threads']}"
+    versions = f"torch {hardware['torch']}, ale-py {hardware['ale_py']}"
+    print(f"{title}; {versions}; median of {options.turns} turns\n{table(done)}")
+    picture(done, title, options.output / "benchmark.png")
+    for case in measured:
         if case.failure:
             print(f"not measured: {case}: {case.failure}")
     for case in done:
-        if (claim := CLAIMS.get((case.agent, case.encoder, case.layer))) and not case.given():
+        if (claim := CLAIMS.get((case.agent, case.encoder, case.layer))) and not case.changed_args():
             rate = medians(case)["rate"]
             print(f"{case}: {claim.format(rate=rate, seconds=1e5 / rate)}")
-    return int(any(case.failure for case in todo))
+    return int(any(case.failure for case in measured))
 
 
 if __name__ == "__main__":
