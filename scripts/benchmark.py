@@ -9,7 +9,7 @@ because the speed of a machine drifts. After an iteration each part of the loop 
 current state: act, store, draw, update (forward, target, backward, Adam), priorities and emulation. The parts may sum
 up to more than the loop, because emulation overlaps with learning. The extras are 1 to 64 experts, encoders of 2 and 4
 times the width, 8 and 16 environments and, on a GPU, the other modes: eager, compiled and graphed code. Prints medians
-and the speeds that the README states, and writes benchmark.json and benchmark.png.
+and writes benchmark.json and benchmark.png.
 """
 
 import importlib
@@ -86,9 +86,6 @@ class Case:
     gigabytes: float = 0.0  # peak memory of the GPU or, without one, of the process
     failure: str = ""
 
-    def changed_args(self) -> dict[str, int]:
-        return {name: n for name in ("num_experts", "encoder_width", "num_envs") if (n := getattr(self, name))}
-
     def __str__(self) -> str:
         labels = [" ".join(NAMES[part] for part in (self.agent, self.encoder, self.layer))]
         labels += [f"{self.num_experts} expert{'s' * (self.num_experts != 1)}"] if self.num_experts else []
@@ -164,6 +161,7 @@ def work(case: Case, options: Options, folder: Path, data: Path, connection) -> 
     settings = {"env_id": options.env_id, "encoder": case.encoder, "layer": case.layer, "compile": compile}
     settings |= {"cuda": options.cuda, "cuda_graphs": cuda_graphs, "checkpoint_every": 0}
     settings |= {"runs_dir": str(folder / f"runs{os.getpid()}")}
+    settings |= {name: n for name in ("num_experts", "encoder_width", "num_envs") if (n := getattr(case, name))}
     if offline:
         settings |= {"iteration_updates": options.updates, "total_updates": 10**9, "dataset_dir": str(data)}
     else:
@@ -197,7 +195,7 @@ def work(case: Case, options: Options, folder: Path, data: Path, connection) -> 
             self.started = now, time.monotonic()  # the speed of the next iteration does not include the measurement
 
     script.Agent, script.RunLog, script.evaluate = Agent, RunLog, lambda *_: [0.0]
-    script.main(script.Args(**settings | case.changed_args()))
+    script.main(script.Args(**settings))
 
 
 def measure(group: list[Case], options: Options, folder: Path, data: Path, deadline: float, bar: tqdm) -> list[Case]:
@@ -266,12 +264,6 @@ def machine(options: Options) -> dict:
     return {"gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()} | versions
 
 
-CLAIMS = {  # the speeds that the README states
-    ("dqn", "nature", "dense"): "{rate:,.0f} agent steps/s",
-    ("rainbow", "impala", "softmoe"): "{rate:,.0f} agent steps/s",
-    ("der", "nature", "softmoe"): "100,000 agent steps in {seconds:,.0f} s",
-    ("cql", "impala", "softmoe"): "{rate:,.0f} updates/s",
-}
 PARTS = {  # color (Okabe and Ito's palette) and hatch of each part in the picture
     "update": ("#0072B2", ""),
     "draw": ("#56B4E9", "//"),
@@ -348,10 +340,6 @@ def main(options: Options) -> int:
     for case in measured:
         if case.failure:
             print(f"not measured: {case}: {case.failure}")
-    for case in done:
-        if (claim := CLAIMS.get((case.agent, case.encoder, case.layer))) and not case.changed_args():
-            rate = medians(case)["rate"]
-            print(f"{case}: {claim.format(rate=rate, seconds=1e5 / rate)}")
     return int(any(case.failure for case in measured))
 
 
