@@ -456,7 +456,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(refused, tmp_path, logs, 
     path.unlink()
     make(path)
     with deadline(20):
-        refused(path.parent, str(path), "no file" if name.endswith("npz") else "not a file")
+        refused(path.parent, str(path), "not a file")
 
 
 @contextlib.contextmanager
