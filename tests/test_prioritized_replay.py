@@ -1,7 +1,7 @@
-"""`PrioritizedReplayBuffer` against a slow oracle: weights in a dict by (environment, row), sums of whole numbers.
+"""Compares `PrioritizedReplayBuffer` with a slow oracle that keeps weights in a dict by (environment, row).
 
-What can be drawn, and what is drawn there, is test_replay.py's. Where a test puts draws at chosen places, `torch.rand`
-gives what it is told: draw i of B lands at the share (i + rand_i) / B of the total, in order of place.
+test_replay.py tests which transitions can be drawn, and their content. `draw_with` chooses the random numbers of a
+batch: with number r_i, draw i of B falls on the share (i + r_i) / B of the cumulative weight.
 """
 
 import importlib
@@ -10,66 +10,66 @@ import math
 import numpy as np
 import pytest
 import torch
-from operations import operations_of
+from operations import record_operations
 from replay_oracle import (
     FRAME_SHAPE,
     GAMMA,
     Oracle,
-    both,
+    add_rows,
+    are_likely,
     check_batch,
     draw_with,
-    in_place,
-    is_likely,
+    graph_constants,
     meta_row,
-    plain_rows,
     random_rows,
-    rows_of,
+    rows_with_ends,
+    rows_without_ends,
 )
 
 import rainbow_softmoe
 from rainbow_softmoe import PrioritizedReplayBuffer
 
-UNIT = 2.0**-20  # weights are multiples of it
-FLOOR = 11 * UNIT  # sqrt(1e-10), rounded up
-EDGES = [0.0, 1 - 2**-53]  # the smallest and the largest number that `torch.rand` gives
+UNIT = 2.0**-20  # weights are multiples of this
+FLOOR = 11 * UNIT  # the weight of a loss of 0: sqrt(1e-10), rounded up
+EDGES = [0.0, 1 - 2**-53]  # the smallest and the largest float64 that `torch.rand` returns
 
 
 def weight_of(loss: float) -> float:
-    """The square root of a loss as a multiple of 2^-20; a loss that is no number counts as none."""
+    """Return the square root of a loss, rounded up to a multiple of 2^-20. A loss that is not finite counts as 0."""
     loss = min(max(loss, 0.0), 2.0**20) if math.isfinite(loss) else 0.0
     return math.ceil(math.sqrt(loss + 1e-10) / UNIT) * UNIT
 
 
 class PrioritizedOracle(Oracle):
-    """Adds a weight to every row that can be drawn, by (environment, row)."""
+    """Keeps the weight of every drawable row too, by (environment, row)."""
 
     def __init__(self, rows: int, num_envs: int, n_step: int):
         super().__init__(num_envs, n_step)
-        self.rows, self.known, self.largest = rows, {}, 1.0
+        self.rows, self.row_weights, self.largest = rows, {}, 1.0
 
     def add(self, row):
         super().add(row)
         self.at = self.drawable(self.rows)
-        self.known = {key: self.known.get(key, self.largest) for key in self.at.values()}
+        self.row_weights = {key: self.row_weights.get(key, self.largest) for key in self.at.values()}
 
     def weights(self) -> dict[int, float]:
-        return {place: self.known[key] for place, key in self.at.items()}
+        return {place: self.row_weights[key] for place, key in self.at.items()}
 
     def update(self, index: list[int], losses: list[float]):
         new = {}
         for place, loss in zip(index, losses, strict=True):
             if place in self.at:
                 new[self.at[place]] = max(weight_of(loss), new.get(self.at[place], 0.0))
-        self.known |= new
+        self.row_weights |= new
         self.largest = max(self.largest, *new.values(), 0.0)
 
 
 class Pair:
-    """A ring and its oracle, which see the same."""
+    """A replay and its oracle, which get the same rows and losses."""
 
     def __init__(self, rows: int, num_envs: int, n_step: int = 1, *, device="cpu", module=rainbow_softmoe):
-        kind = module.PrioritizedReplayBuffer
-        self.replay = kind(rows * num_envs, num_envs, FRAME_SHAPE, n_step=n_step, gamma=GAMMA).to(device)
+        replay_class = module.PrioritizedReplayBuffer
+        self.replay = replay_class(rows * num_envs, num_envs, FRAME_SHAPE, n_step=n_step, gamma=GAMMA).to(device)
         self.oracle = PrioritizedOracle(rows, num_envs, n_step)
 
     def add(self, rows):
@@ -79,25 +79,25 @@ class Pair:
         return self
 
     def update(self, index, losses):
-        """The same float32 losses to both."""
+        """Update both with the same float32 losses, and compare them."""
         index, losses = torch.as_tensor(index), torch.as_tensor(losses, dtype=torch.float32)
         self.replay.update_priorities(index.to(self.replay.weight.device), losses)
         self.oracle.update(index.tolist(), losses.tolist())
         self.check()
 
     def check(self):
-        """Every weight, exactly 0 where nothing can be drawn; the largest so far."""
+        """Compare every weight and the largest weight so far. A place that cannot be drawn has weight 0 exactly."""
         expected = np.zeros(self.replay.weight.numel())
         expected[list(self.oracle.at)] = list(self.oracle.weights().values())
         weight = self.replay.weight.cpu().numpy()
-        # A square root may differ from Python's in the last bit, and be rounded up to the next multiple.
+        # A square root may differ from Python's in the last bit, and then be rounded up to the next multiple.
         np.testing.assert_allclose(weight, expected, rtol=0, atol=UNIT)
         np.testing.assert_array_equal(weight > 0, expected > 0)
         np.testing.assert_array_equal(weight, np.round(weight / UNIT) * UNIT)
         assert self.replay.new_weight.item() == pytest.approx(self.oracle.largest, rel=0, abs=UNIT)
 
     def check_draws(self, batch):
-        """Every drawn transition, and 1/sqrt(p) over the largest in the batch."""
+        """Check every transition and its importance weight, 1/sqrt(p) over the largest one in the batch."""
         check_batch(batch, self.oracle, self.oracle.at)
         expected = [1 / math.sqrt(self.oracle.weights()[place]) for place in batch.index.tolist()]
         weights = batch.importance_weights
@@ -106,13 +106,13 @@ class Pair:
 
 
 def random_losses(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Losses of many magnitudes; now and then none at all, a huge one, or no number."""
+    """Return losses of many magnitudes. One in ten is 0, tiny, huge, infinite or NaN."""
     strange = rng.choice([0.0, 1e-12, 1e4, 1e30, math.inf, -math.inf, math.nan], size)
     return np.where(rng.random(size) < 0.1, strange, rng.lognormal(-1, 2, size))
 
 
 def random_pair(seed: int, rows: int, num_envs: int, length: int, n_step: int = 1) -> Pair:
-    """After random rows and one update of all places."""
+    """Return a pair after `length` random rows and one update of every drawable place."""
     rng = np.random.default_rng(seed)
     pair = Pair(rows, num_envs, n_step).add(random_rows(rng, length, num_envs))
     pair.update(list(pair.oracle.at), rng.lognormal(0, 2, len(pair.oracle.at)))
@@ -120,7 +120,7 @@ def random_pair(seed: int, rows: int, num_envs: int, length: int, n_step: int = 
 
 
 def run_stream(seed: int, rows: int, num_envs: int, n_step: int, **more):
-    """Several turns of the ring with draws, updates and cuts in between; all of the state after every change."""
+    """Check the whole state during four turns of the ring with random draws, updates and cuts."""
     rng, pair = np.random.default_rng(seed), Pair(rows, num_envs, n_step, **more)
     torch.manual_seed(seed)
     for t, row in enumerate(random_rows(rng, 4 * rows + 3, num_envs)):
@@ -134,7 +134,7 @@ def run_stream(seed: int, rows: int, num_envs: int, n_step: int, **more):
             batch = pair.replay.sample(size)
             pair.check_draws(batch)
             pair.update(batch.index, random_losses(rng, size))
-            pair.update(rng.integers(0, rows * num_envs, 20), rng.random(20))  # any places
+            pair.update(rng.integers(0, rows * num_envs, 20), rng.random(20))  # also places that cannot be drawn
         if pair.oracle.at and t % 5 == 0:
             for edge in EDGES:
                 assert set(draw_with(pair.replay, [edge] * 7).index.tolist()) <= set(pair.oracle.at)
@@ -164,11 +164,11 @@ def test_frequencies_are_proportional_to_weights():
     for size, batches in ((1, 2000), (32, 200)):
         index = torch.cat([pair.replay.sample(size).index for _ in range(batches)])
         counts = np.bincount(np.searchsorted(list(pair.oracle.at), index.numpy()), minlength=len(weights))
-        assert is_likely(counts, weights / weights.sum() * counts.sum())
+        assert are_likely(counts, weights / weights.sum() * counts.sum())
 
 
 def test_one_draw_from_each_stratum():
-    """Draw k is a place that reaches into the k-th of B parts of equal mass; equal ones are drawn equally often."""
+    """Draw k is a place that overlaps the k-th of B strata of equal mass. Equal weights are drawn equally often."""
     pair = random_pair(2, 40, 3, 100)
     places, p = list(pair.oracle.at), np.array(list(pair.oracle.weights().values()))
     ends = np.cumsum(p) / p.sum()
@@ -182,8 +182,8 @@ def test_one_draw_from_each_stratum():
     assert pair.replay.sample(3 * len(places)).index.tolist() == [place for place in places for _ in range(3)]
 
 
-def million(units: np.ndarray) -> PrioritizedReplayBuffer:
-    """A ring with these weights, in multiples of 2^-20."""
+def replay_of(units: np.ndarray) -> PrioritizedReplayBuffer:
+    """Return a replay with these weights, given as multiples of 2^-20."""
     replay = PrioritizedReplayBuffer(len(units), 4, (1, 1))
     state = replay.state_dict()
     state["weight"] = torch.tensor(units * UNIT)
@@ -192,10 +192,10 @@ def million(units: np.ndarray) -> PrioritizedReplayBuffer:
 
 
 def test_draws_among_a_million_places_are_exact():
-    """The draw half a unit after a place begins and half a unit before it ends, tiny weights beside the largest."""
+    """A draw half a unit inside either end of a place's mass hits it, also with tiny weights beside huge ones."""
     rng = np.random.default_rng(0)
     units = np.where(rng.random(1_000_000) < 0.5, 11, rng.integers(0, 2**30, 1_000_000)) * (rng.random(1_000_000) < 0.8)
-    replay, ends = million(units), units.cumsum()
+    replay, ends = replay_of(units), units.cumsum()
     assert replay.weight.cumsum(dim=0)[-1].item() == ends[-1] * UNIT
     drawable = np.flatnonzero(units)
     places = np.concatenate([drawable[[0, 1, -2, -1]], rng.choice(drawable, 100)])
@@ -206,40 +206,40 @@ def test_draws_among_a_million_places_are_exact():
         assert (replay.weight[index] > 0).all()
 
 
-def test_a_draw_and_an_update_look_at_few_of_a_million_places():
-    """Those that they index. Only the cumulative sum, and the search in it, are given all weights."""
-    replay = million(np.full(1_000_000, 2**20))
-    given = operations_of(lambda: replay.update_priorities(replay.sample(32).index, torch.rand(32))).given
-    large = {name for name in given if given[name] > 32_768}
+def test_a_draw_and_an_update_read_few_of_a_million_places():
+    """Only the cumulative sum and the search in it read all weights. Views and indexing read what they select."""
+    replay = replay_of(np.full(1_000_000, 2**20))
+    sizes = record_operations(lambda: replay.update_priorities(replay.sample(32).index, torch.rand(32))).largest_input
+    large = {name for name in sizes if sizes[name] > 32_768}
     assert large <= {"index", "index_select", "index_copy_", "view", "cumsum", "searchsorted", "select"}
 
 
 # ------------------------------------------------------------------------------------------------- weights and updates
 
 
-def test_a_story_in_numbers():
-    """What the streams prove, of four places."""
-    replay = Pair(30, 2).add(plain_rows(15, 2)).replay
-    weight, places = replay.weight, torch.arange(28)  # the newest row's windows are not over
-    assert torch.equal(replay.sample(28).index, places)  # equal weights: one draw each
+def test_handmade_weights():
+    """Draws, updates and the weight of a new row, in numbers."""
+    replay = Pair(30, 2).add(rows_without_ends(15, 2)).replay
+    weight, places = replay.weight, torch.arange(28)  # the windows of the newest row are incomplete
+    assert torch.equal(replay.sample(28).index, places)  # equal weights are drawn once each
     assert replay.sample(28).importance_weights.tolist() == [1] * 28
     replay.update_priorities(torch.tensor([7, 2, 7, 3, 28]), torch.tensor([4, 0.25, 9, 0, 1e6]))
-    # Of two losses the larger; a loss of none leaves a little; a place that cannot be drawn takes no weight.
+    # A place drawn twice gets its larger loss. A loss of 0 gives the floor. A place that cannot be drawn stays at 0.
     assert weight[[7, 2, 3, 28, 0]].tolist() == pytest.approx([3, 0.5, FLOOR, 0, 1], rel=1e-5)
     replay.update_priorities(torch.tensor([7]), torch.tensor([0.01]))
     assert weight[7].item() == pytest.approx(0.1, rel=1e-4) and replay.new_weight.item() == pytest.approx(3, rel=1e-5)
-    replay.add(*next(plain_rows(1, 2)))
-    assert weight[[28, 29]].tolist() == pytest.approx([3, 3], rel=1e-5)  # the largest so far
+    replay.add(*next(rows_without_ends(1, 2)))
+    assert weight[[28, 29]].tolist() == pytest.approx([3, 3], rel=1e-5)  # new rows get the largest weight so far
     replay.update_priorities(torch.arange(30), torch.tensor([1.0, 16.0] * 15))
     batch = replay.sample(75)
     expected = [1 if place % 2 == 0 else 0.5 for place in batch.index.tolist()]
     np.testing.assert_allclose(batch.importance_weights, expected, rtol=1e-5)
 
 
-def test_losses_of_none_and_huge_ones():
-    pair = Pair(30, 2).add(plain_rows(15, 2))
+def test_zero_invalid_and_huge_losses():
+    pair = Pair(30, 2).add(rows_without_ends(15, 2))
     places = list(pair.oracle.at)
-    for loss in (0.0, -1.0, math.nan, math.inf, -math.inf):  # still drawn, equally often
+    for loss in (0.0, -1.0, math.nan, math.inf, -math.inf):  # all are still drawn, equally often
         pair.update(places, [loss] * 28)
         assert pair.replay.weight[places].tolist() == [FLOOR] * 28
         assert pair.replay.sample(28).index.tolist() == places
@@ -249,9 +249,9 @@ def test_losses_of_none_and_huge_ones():
     assert pair.replay.sample(28).index.tolist() == places
 
 
-def test_losses_of_the_network_are_detached():
-    """Losses with a gradient, of lower precision too, and the caller's tensors stay as they are."""
-    replay = Pair(30, 2).add(plain_rows(15, 2)).replay
+def test_losses_are_detached_and_arguments_stay_unchanged():
+    """The losses may require a gradient and may be of lower precision."""
+    replay = Pair(30, 2).add(rows_without_ends(15, 2)).replay
     index, losses = torch.tensor([13, 4, 13]), torch.tensor([0.25, 4.0, 2.25], requires_grad=True)
     for given in (losses, losses.half()):
         replay.update_priorities(index, given)
@@ -265,9 +265,9 @@ def test_losses_of_the_network_are_detached():
 
 @pytest.mark.parametrize("moment", [0, 1, 12, 29])
 def test_state_dict_round_trip(moment: int):
-    """A restored ring goes on as the original does, to the bit."""
+    """A restored replay continues as the original does, to the bit."""
 
-    def go_on(replay: PrioritizedReplayBuffer, rows: list):
+    def continue_with(replay: PrioritizedReplayBuffer, rows: list):
         torch.manual_seed(5)
         for row in rows:
             replay.add(*row)
@@ -278,44 +278,44 @@ def test_state_dict_round_trip(moment: int):
 
     rows = list(random_rows(np.random.default_rng(moment), moment + 40, 3))
     replay, fresh = (Pair(14, 3, 3).replay for _ in range(2))
-    both(replay, rows[:moment])
+    add_rows(replay, rows[:moment])
     if moment == 29:
         replay.update_priorities(replay.sample(4).index, torch.full((4,), 4.0))
     fresh.load_state_dict(replay.state_dict())
     assert fresh.new_weight.item() == (weight_of(4.0) if moment == 29 else 1)
-    assert all(map(torch.equal, go_on(replay, rows[moment:]), go_on(fresh, rows[moment:])))
+    assert all(map(torch.equal, continue_with(replay, rows[moment:]), continue_with(fresh, rows[moment:])))
 
 
 def test_state_changes_only_inside_tensors_that_stay_in_place():
     pair = Pair(14, 2, 3)
-    before = in_place(pair.replay)
+    before = graph_constants(pair.replay)
     pair.add(random_rows(np.random.default_rng(0), 40, 2))
     pair.update(pair.replay.sample(8).index, [4.0] * 8)
     pair.replay.load_state_dict(pair.replay.state_dict())
-    assert in_place(pair.replay) == before
+    assert graph_constants(pair.replay) == before
 
 
-def test_runs_where_there_are_no_values():
-    """On the meta device all raises that looks at a value, or has a shape that depends on one; and there is no loop."""
+def test_operations_do_not_depend_on_values_or_sizes():
+    """Meta tensors raise where a value is read. A loop over rows, environments or the batch would add operations."""
     operations = []
     for rows, num_envs, batch_size in ((20, 1, 2), (3000, 4, 64)):
         replay = Pair(rows, num_envs, 10).replay.to("meta")
-        index, losses = (torch.zeros(batch_size, dtype=kind, device="meta") for kind in (torch.int64, torch.float32))
+        index, losses = (torch.zeros(batch_size, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
         calls = (
             (replay.add, *meta_row(num_envs)),
             (replay.sample, batch_size),
             (replay.update_priorities, index, losses),
         )
-        operations.append([operations_of(*call).names for call in calls])
+        operations.append([record_operations(*call).names for call in calls])
     assert operations[0] == operations[1]
 
 
 @pytest.mark.cuda
 def test_adds_draws_and_updates_in_a_cuda_graph():
-    """Capturing fails where something waits for the device; replaying would repeat whatever was baked in."""
+    """A capture fails if something waits for the device. A replay would repeat a value that was baked in."""
     pair, rng, graph = Pair(12, 3, 3, device="cuda"), np.random.default_rng(0), torch.cuda.CUDAGraph()
-    pair.add(plain_rows(8, 3))
-    static, losses = [torch.tensor(x, device="cuda") for x in next(plain_rows(1, 3))], torch.ones(64, device="cuda")
+    pair.add(rows_without_ends(8, 3))
+    losses, static = torch.ones(64, device="cuda"), [torch.tensor(x).cuda() for x in next(rows_without_ends(1, 3))]
 
     def step():
         pair.replay.add(*static)
@@ -323,14 +323,14 @@ def test_adds_draws_and_updates_in_a_cuda_graph():
         pair.replay.update_priorities(index, losses)
         return index
 
-    pair.oracle.add(next(plain_rows(1, 3)))
+    pair.oracle.add(next(rows_without_ends(1, 3)))
     pair.oracle.update(step().tolist(), [1.0] * 64)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         index = step()
-    for row in rows_of(rng, rng.random((60, 3)) < 0.2, np.zeros((60, 3), bool)):  # so that some can always be drawn
-        for place, x in zip((*static, losses), (*row, random_losses(rng, 64)), strict=True):
-            place.copy_(torch.tensor(x))
+    for row in rows_with_ends(rng, rng.random((60, 3)) < 0.2, np.zeros((60, 3), bool)):  # never truncated
+        for tensor, x in zip((*static, losses), (*row, random_losses(rng, 64)), strict=True):
+            tensor.copy_(torch.tensor(x))
         graph.replay()
         pair.oracle.add(row)
         assert set(index.tolist()) <= set(pair.oracle.at)

@@ -1,4 +1,4 @@
-"""`ReplayBuffer` against a slow oracle (helpers/replay_oracle.py) that keeps every row ever written in plain lists."""
+"""Compares `ReplayBuffer` with the slow oracle of helpers/replay_oracle.py, which keeps every row in plain lists."""
 
 import io
 import itertools
@@ -6,28 +6,28 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from operations import operations_of
+from operations import record_operations
 from replay_oracle import (
     FRAME_SHAPE,
     GAMMA,
     Oracle,
     Row,
-    both,
+    add_rows,
+    are_likely,
     check_batch,
     draw_with,
-    in_place,
-    is_likely,
+    graph_constants,
     meta_row,
-    plain_rows,
     random_rows,
-    rows_of,
+    rows_with_ends,
+    rows_without_ends,
 )
 
 from dqn_softmoe import STACK_SIZE, ReplayBuffer
 
 
 def check(replay: ReplayBuffer, oracle: Oracle):
-    """Which places can be drawn, and all that is drawn there."""
+    """Check which places can be drawn, and every transition there."""
     at = oracle.drawable(replay.rows)
     assert replay.weight.nonzero().flatten().tolist() == list(at)
     if at:
@@ -35,15 +35,15 @@ def check(replay: ReplayBuffer, oracle: Oracle):
         check_batch(replay.sample(8), oracle, at)
 
 
-def make(rows: int, num_envs: int, n_step: int, spare: int = 0) -> ReplayBuffer:
+def make_replay(rows: int, num_envs: int, n_step: int, spare: int = 0) -> ReplayBuffer:
     return ReplayBuffer(rows * num_envs + spare, num_envs, FRAME_SHAPE, n_step=n_step, gamma=GAMMA)
 
 
 def run_stream(seed: int, rows: int, num_envs: int, n_step: int, device: str = "cpu"):
-    """Several turns of the ring with cuts in between, from arrays that are written over as environments may do."""
+    """Check four turns of the ring with random cuts. Arrays are overwritten after `add`, as environments may do."""
     rng = np.random.default_rng(seed)
-    replay = make(rows, num_envs, n_step, spare=int(rng.integers(num_envs))).to(device)
-    oracle, kept, before = Oracle(num_envs, n_step), None, None
+    replay = make_replay(rows, num_envs, n_step, spare=int(rng.integers(num_envs))).to(device)
+    oracle, batch, copy = Oracle(num_envs, n_step), None, None
     for t, row in enumerate(random_rows(rng, 4 * rows + 3, num_envs)):
         oracle.add(row)
         replay.add(*row)
@@ -57,10 +57,10 @@ def run_stream(seed: int, rows: int, num_envs: int, n_step: int, device: str = "
         if t % 7 == 0 or t in (rows - 1, rows, rows + 1):
             check(replay, oracle)
         if t == 2 * rows and replay.weight.any():
-            kept = replay.sample(16)
-            before = [x.clone() for x in kept]
+            batch = replay.sample(16)
+            copy = [x.clone() for x in batch]
     check(replay, oracle)
-    assert kept is None or all(map(torch.equal, kept, before))  # a batch outlives later rows
+    assert batch is None or all(map(torch.equal, batch, copy))  # later rows do not change a batch
 
 
 @pytest.mark.parametrize("n_step", [1, 3, 10])
@@ -80,25 +80,25 @@ def test_random_streams_on_the_gpu(n_step: int):
 
 @pytest.mark.parametrize("n_step", [1, 3, 5])
 def test_every_pattern_of_ends(n_step: int):
-    """One environment for each of the 3^6 patterns of six steps, repeated until the ring has turned over."""
+    """Each of 3^6 environments repeats one pattern of six steps, until the ring has been overwritten."""
     patterns = np.array(list(itertools.product(("on", "terminated", "truncated"), repeat=6))).T  # (6, 729)
     events = np.tile(patterns, (4, 1))
-    replay, oracle = make(10, 729, n_step), Oracle(729, n_step)
-    for t, row in enumerate(rows_of(np.random.default_rng(0), events == "terminated", events == "truncated")):
+    replay, oracle = make_replay(10, 729, n_step), Oracle(729, n_step)
+    for t, row in enumerate(rows_with_ends(np.random.default_rng(0), events == "terminated", events == "truncated")):
         replay.add(*row)
         oracle.add(row)
         if t in (n_step, 9, 12, 23):
             check(replay, oracle)
 
 
-def test_a_short_story():
-    """What the contract means, in numbers: three steps to the end of an episode, two of the next, a cut, two more."""
+def test_handmade_transitions():
+    """An episode of three steps, two steps of the next one, a cut, and two more steps."""
     replay = ReplayBuffer(100, 1, (1, 1), n_step=2, gamma=0.5)
     for t, (reward, over) in enumerate([(1, 0), (2, 0), (4, 1), (8, 0), (16, 0), (32, 0), (64, 0)]):
         replay.add(np.full((1, 1, 1), 10 + t), [t], [reward], [over], [False])
         if t == 4:
             replay.cut()
-    assert replay.weight.nonzero().flatten().tolist() == [0, 1, 2, 3]  # 4 was cut, the windows of 5 and 6 are not over
+    assert replay.weight.nonzero().flatten().tolist() == [0, 1, 2, 3]  # 4 was cut, windows 5 and 6 are incomplete
     batch = replay.gather(torch.arange(4))
     assert batch.obs.flatten(1).tolist() == [[0, 0, 0, 10], [0, 0, 10, 11], [0, 10, 11, 12], [0, 0, 0, 13]]
     assert batch.action.tolist() == [0, 1, 2, 3]
@@ -115,17 +115,17 @@ def test_too_small_a_ring_is_refused(n_step: int):
         ReplayBuffer(smallest - 1, 2, FRAME_SHAPE, n_step=n_step)
 
 
-def test_kinds_of_arrays_make_no_difference():
-    def other(row: Row) -> Row:  # as an emulator may give them
+def test_arrays_and_tensors_of_other_dtypes_make_no_difference():
+    def convert(row: Row) -> Row:  # to dtypes that an emulator may use
         flags = (flag.astype(np.uint8) for flag in row[3:])
         return Row(row.frame, row.action.astype(np.int32), row.reward.astype(np.float32), *flags)
 
-    replays = [make(13, 3, 3) for _ in range(4)]
+    replays = [make_replay(13, 3, 3) for _ in range(4)]
     for row in random_rows(np.random.default_rng(5), 40, 3):
         replays[0].add(*row)
-        replays[1].add(*other(row))
+        replays[1].add(*convert(row))
         replays[2].add(*map(torch.tensor, row))
-        replays[3].add(*map(torch.tensor, other(row)))
+        replays[3].add(*map(torch.tensor, convert(row)))
     for replay in replays[1:]:
         assert all(map(torch.equal, replay.buffers(), replays[0].buffers()))
 
@@ -134,10 +134,10 @@ def test_kinds_of_arrays_make_no_difference():
 
 
 def test_every_drawable_place_has_exactly_the_same_share():
-    """Of K places the k-th is drawn for all numbers from k/K to (k+1)/K, however unevenly they lie in the ring."""
+    """Of K drawable places the k-th is drawn for random numbers from k/K to (k+1)/K, wherever it is in the ring."""
     for seed in range(8):
-        replay = make(24, 3, 3)
-        oracle = both(replay, random_rows(np.random.default_rng(seed), 20 + 9 * seed, 3))
+        replay = make_replay(24, 3, 3)
+        oracle = add_rows(replay, random_rows(np.random.default_rng(seed), 20 + 9 * seed, 3))
         places, k = list(oracle.drawable(24)), np.arange(len(oracle.drawable(24)))
         for offset in (1e-9, 0.5, 1 - 1e-9):
             assert draw_with(replay, (k + offset) / len(places)).index.tolist() == places
@@ -145,13 +145,13 @@ def test_every_drawable_place_has_exactly_the_same_share():
 
 
 def test_draws_are_uniform_and_independent():
-    replay = make(24, 3, 3)
-    places = list(both(replay, random_rows(np.random.default_rng(6), 60, 3)).drawable(24))
+    replay = make_replay(24, 3, 3)
+    places = list(add_rows(replay, random_rows(np.random.default_rng(6), 60, 3)).drawable(24))
     torch.manual_seed(0)
     index = np.searchsorted(places, replay.sample(100_000).index.numpy())
     counts = np.bincount(index)
     pairs = np.bincount(index[::2] * len(places) + index[1::2], minlength=len(places) ** 2)
-    assert is_likely(counts, counts.mean()) and is_likely(pairs, pairs.mean())
+    assert are_likely(counts, counts.mean()) and are_likely(pairs, pairs.mean())
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -159,11 +159,11 @@ def test_draws_are_uniform_and_independent():
 
 @pytest.mark.parametrize("moment", [0, 1, 5, 12, 13, 14, 40])
 def test_state_dict_round_trip(moment: int):
-    """A restored ring goes on as the original, also one that was used before, and neither touches the other."""
+    """A new and a used replay continue as the original after loading its state. The state itself never changes."""
     rng = np.random.default_rng(moment)
-    replay, fresh, used = (make(13, 3, 3) for _ in range(3))
-    oracle = both(replay, random_rows(rng, moment, 3))
-    both(used, plain_rows(33, 3, seed=9))
+    replay, fresh, used = (make_replay(13, 3, 3) for _ in range(3))
+    oracle = add_rows(replay, random_rows(rng, moment, 3))
+    add_rows(used, rows_without_ends(33, 3, seed=9))
     state = replay.state_dict()
     before = {name: value.clone() for name, value in state.items()}
     for other in (fresh, used):
@@ -179,9 +179,9 @@ def test_state_dict_round_trip(moment: int):
 
 
 def test_a_saved_state_holds_only_the_frames_that_were_written():
-    """100 frames of 400 bytes, where the whole ring has 40 MB."""
+    """100 frames of 400 bytes were written. The whole ring takes 40 MB."""
     replay, file = ReplayBuffer(100_000, 2, (20, 20)), io.BytesIO()
-    both(replay, rows_of(np.random.default_rng(0), *np.zeros((2, 50, 2), bool), (20, 20)))
+    add_rows(replay, rows_with_ends(np.random.default_rng(0), *np.zeros((2, 50, 2), bool), (20, 20)))
     torch.save(replay.state_dict(), file)
     assert 40_000 <= file.tell() < 3_000_000
 
@@ -190,20 +190,20 @@ def test_a_saved_state_holds_only_the_frames_that_were_written():
 
 
 def test_state_changes_only_inside_tensors_that_stay_in_place():
-    replay = make(11, 2, 3)
-    before = in_place(replay)
-    both(replay, random_rows(np.random.default_rng(8), 40, 2))
+    replay = make_replay(11, 2, 3)
+    before = graph_constants(replay)
+    add_rows(replay, random_rows(np.random.default_rng(8), 40, 2))
     replay.cut()
     replay.sample(8)
     replay.load_state_dict(replay.state_dict())
-    assert in_place(replay) == before
+    assert graph_constants(replay) == before
 
 
-def test_runs_where_there_are_no_values():
-    """On the meta device all raises that looks at a value, or has a shape that depends on one; and there is no loop."""
+def test_operations_do_not_depend_on_values_or_sizes():
+    """Meta tensors raise where a value is read. A loop over rows, environments or the batch would add operations."""
     operations = []
     for rows, num_envs, batch_size in ((20, 1, 2), (3000, 4, 64)):
-        replay = make(rows, num_envs, 10).to("meta")
+        replay = make_replay(rows, num_envs, 10).to("meta")
         calls = (replay.add, *meta_row(num_envs)), (replay.cut,), (replay.sample, batch_size)
-        operations.append([operations_of(*call).names for call in calls])
+        operations.append([record_operations(*call).names for call in calls])
     assert operations[0] == operations[1]

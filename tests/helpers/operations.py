@@ -1,4 +1,4 @@
-"""What runs below PyTorch's functions."""
+"""A recorder of the ATen operations that PyTorch's functions run."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,25 +6,25 @@ from torch.utils._pytree import tree_leaves
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that run, the sizes of the largest tensors that each is given, and that any makes."""
+    """Records the names of operations, the size of each one's largest input, and the size of the largest output."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.given, self.largest = [], {}, 0
+        self.names, self.largest_input, self.largest_output = [], {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         self.names.append(name)
-        self.given[name] = max(self.given.get(name, 0), largest((args, kwargs)))
-        self.largest = max(self.largest, largest(result))
+        self.largest_input[name] = max(self.largest_input.get(name, 0), largest_size((args, kwargs)))
+        self.largest_output = max(self.largest_output, largest_size(result))
         return result
 
 
-def largest(tree) -> int:
+def largest_size(tree) -> int:
     return max([x.numel() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)], default=0)
 
 
-def operations_of(function, *args) -> Operations:
+def record_operations(function, *args) -> Operations:
     with Operations() as operations:
         function(*args)
     return operations
