@@ -1,15 +1,15 @@
-"""Fixtures, and what holds for all tests: the paths, one thread a process, marks."""
+"""Settings and fixtures of all tests: import paths, one thread per process, and the `cuda` mark."""
 
 import importlib
 import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # in child processes too; a fork would wait for its parent's threads
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes too; a fork would wait for its parent's threads
 
 import pytest
 import torch
-import torch._dynamo  # Adam imports it, which takes seconds: here once, not in every child
+import torch._dynamo  # Adam imports it, which takes seconds. Forked children inherit the import.
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=AGENTS)
 def agent(request):
-    """Each script in turn, as a module."""
+    """Return the module of each script in turn."""
     return importlib.import_module(request.param)
 
 
 @pytest.fixture
 def quick_args(tmp_path, agent):
-    """Args of the script for a quick run below tmp_path."""
+    """Return a function that makes the Args of a quick run of the script, in a folder of tmp_path."""
     return lambda **overrides: agent.Args(**quick(**{"runs_dir": str(tmp_path / "runs")} | overrides))

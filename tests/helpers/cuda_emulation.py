@@ -1,15 +1,14 @@
-"""CUDA graphs on a CPU: what a script captures is recorded, and replayed without Python, on the same memory.
+"""Emulates CUDA graphs on a CPU: operations are recorded, and replayed without the script's Python code.
 
-Within `emulated_cuda()` there seems to be a GPU, whose tensors are the CPU's. What a real one does, and what is done:
-- A capture executes nothing. Here operations have to run to be recorded, so the memory that they wrote to is put back
-  afterwards, the random state too, and what they made is filled with 0xFF bytes (NaN, -1): who reads it before the
-  first replay finds that.
+Within `emulated_cuda()` torch.cuda reports a GPU, whose tensors are in the CPU's memory. A GPU is emulated as follows:
+- A capture executes nothing. Here operations must run to be recorded, so the memory that they wrote to and the random
+  state are restored afterwards. New tensors are filled with 0xFF bytes (NaN, -1), to expose reads before the replay.
 - A replay repeats the kernels on the addresses of the capture. Here the recorded ATen operations are called again with
-  the recorded tensors and numbers, and their results are copied into the recorded ones. Views are addresses already.
-- What waits for the device, or reads the host's memory, cannot be captured: `CaptureError`.
-- Pinned memory must not be overwritten while a copy from it may be under way, until an event that was recorded after
-  the copy, or the device, was waited for: `HazardError`.
-Blind to cuDNN, Triton, streams, the allocator's pools and time. torch.compile steps aside while it records.
+  the recorded tensors and numbers, and their results are copied into the recorded ones. Views need no copy.
+- A capture fails if an operation waits for the device or reads the host's memory. Here this raises `CaptureError`.
+- Pinned memory must not be overwritten while a copy from it may be running. A copy has ended once the device was
+  waited for, or an event that was recorded after the copy. An earlier write raises `HazardError`.
+cuDNN, Triton, streams, memory pools and timing are not emulated. torch.compile has no effect in a capture.
 """
 
 import contextlib
@@ -22,16 +21,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class CaptureError(RuntimeError):
-    """A GPU would refuse to capture this, or wait for the device in it."""
+    """Raised by code that a CUDA graph cannot capture, such as a wait for the device."""
 
 
 class HazardError(RuntimeError):
-    """Pinned memory is overwritten while a copy from it may be under way."""
+    """Raised if pinned memory is overwritten while a copy from it may be running."""
 
 
 WAITS = "_local_scalar_dense nonzero masked_select _unique2 unique_dim unique_consecutive equal is_nonzero bincount"
 HOST_DATA = "lift lift_fresh lift_fresh_copy"  # torch.tensor(data) and torch.as_tensor(array) end in these
-MASKED = "index index_put index_put_ _index_put_impl_ _unsafe_index"
+MASKED = "index index_put index_put_ _index_put_impl_ _unsafe_index"  # wait for the device if an index is a mask
 
 
 def tensors(tree) -> list[torch.Tensor]:
@@ -51,11 +50,11 @@ def is_mask(x) -> bool:
 
 
 class Recorder(TorchDispatchMode):
-    """The tape of a capture: the operations below autograd, with what they read and returned."""
+    """Records the operations of a capture, below autograd, with their arguments and results."""
 
     def __init__(self):
         super().__init__()
-        self.tape, self.before, self.made = [], {}, {}
+        self.tape, self.overwritten, self.allocated = [], {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func._schema.name.split("::")[1], kwargs or {}
@@ -68,14 +67,14 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written += tensors(args[i] if i < len(args) else kwargs.get(argument.name))
         for tensor in written:
-            if storage(tensor) not in self.made | self.before:
+            if storage(tensor) not in self.allocated | self.overwritten:
                 memory = tensor.untyped_storage()
-                self.before[storage(tensor)] = memory, contents(memory).clone()
-        args, kwargs = tree_map(lambda x: x, (args, kwargs))  # lists may change after the call
+                self.overwritten[storage(tensor)] = memory, contents(memory).clone()
+        args, kwargs = tree_map(lambda x: x, (args, kwargs))  # copies lists, which may change after the call
         result = func(*args, **kwargs)
-        given = {storage(x) for x in tensors((args, kwargs))}
-        new = [x if storage(x) not in given else None for x in tensors(result)]
-        self.made |= {storage(x): x.untyped_storage() for x in new if x is not None}
+        inputs = {storage(x) for x in tensors((args, kwargs))}
+        new = [x if storage(x) not in inputs else None for x in tensors(result)]
+        self.allocated |= {storage(x): x.untyped_storage() for x in new if x is not None}
         if written or any(x is not None for x in new):
             self.tape.append((func, args, kwargs, new))
         return result
@@ -84,7 +83,7 @@ class Recorder(TorchDispatchMode):
 class Graph:
     """Stands in for torch.cuda.CUDAGraph."""
 
-    replays = 0  # of all graphs
+    replays = 0  # by all graphs
     capturing = False
 
     def __init__(self):
@@ -113,15 +112,15 @@ def capture(graph: Graph, stream, capture_error_mode):
     finally:
         Graph.capturing = False
     graph.tape = recorder.tape
-    for memory, bytes_before in recorder.before.values():
+    for memory, bytes_before in recorder.overwritten.values():
         contents(memory).copy_(bytes_before)
     torch.set_rng_state(random)
-    for memory in recorder.made.values():
+    for memory in recorder.allocated.values():
         contents(memory).fill_(0xFF)
 
 
 class Pinned:
-    """Pinned memory, and the copies from it that may be under way, in their order."""
+    """Keeps the pinned buffers, and the copies from them that may be running, numbered in order."""
 
     def __init__(self):
         self.buffers, self.copies, self.number = {}, {}, 0
@@ -134,14 +133,14 @@ class Pinned:
             self.copies[self.number] = storage(source)
 
     def wait(self, number: float = math.inf) -> None:
-        """Wait for the copies up to this one."""
+        """Wait for all copies up to this number."""
         if Graph.capturing:
             raise CaptureError("the device is waited for in a capture")
         self.copies = {n: memory for n, memory in self.copies.items() if n > number}
 
 
 class Emulation(TorchFunctionMode):
-    """Gives "cuda" tensors the CPU's memory, and watches what is pinned."""
+    """Puts "cuda" tensors into the CPU's memory, and tracks pinned memory."""
 
     def __init__(self, pinned: Pinned):
         super().__init__()
@@ -151,7 +150,7 @@ class Emulation(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs or {})
         if func is torch.Tensor.device.__get__ and isinstance(args[0], torch.nn.Parameter):
-            return torch.device("cuda")  # networks are on the GPU, whatever the memory says
+            return torch.device("cuda")  # parameters are in the CPU's memory, but report the GPU
         if func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item):
             self.pinned.wait()
         if func is torch.Tensor.cpu:
@@ -177,10 +176,10 @@ def check_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def emulated_cuda():
-    """Within it, torch.cuda is there, with graphs."""
+    """Make torch.cuda report a GPU, with emulated graphs, within this context."""
     pinned = Pinned()
 
-    streams = [None]  # the default one, on which nothing can be captured
+    streams = [None]  # the default stream, on which nothing can be captured
 
     class Event:
         number = 0
@@ -199,7 +198,7 @@ def emulated_cuda():
     parts |= {"mem_get_info": lambda device: (10**10, 10**10), "is_available": lambda: True}
     patches = [(torch.cuda, name, part) for name, part in parts.items()]
     patches += [(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", check_capturable)]
-    patches += [(torch, "set_float32_matmul_precision", lambda precision: None)]  # it would change the CPU's
+    patches += [(torch, "set_float32_matmul_precision", lambda precision: None)]  # it would change the CPU's precision
     with contextlib.ExitStack() as stack:
         for owner, name, part in patches:
             stack.callback(setattr, owner, name, getattr(owner, name))

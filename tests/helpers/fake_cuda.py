@@ -1,10 +1,10 @@
-"""Acting, storing and learning with "cuda" tensors that have no data: device mixes and hidden waits, without a GPU.
+"""Runs acting, storing and learning on fake "cuda" tensors, to find mixed devices and waits without a GPU.
 
-    python tests/helpers/fake_cuda.py FOLDER        # a folder for a compiled helper; prints one line of JSON per case
+    python tests/helpers/fake_cuda.py FOLDER        # writes its files to FOLDER and prints one line of JSON per case
 
-PyTorch's fake tensors have shapes, types and devices, but no values: what mixes devices raises, and so does what needs
-a value. `Watch` counts operations on the device and notes copies between it and the host. A CPU build knows no device
-guard for CUDA; the helper registers PyTorch's own fake one, and says that there is a GPU, before torch is imported.
+PyTorch's fake tensors have shapes, dtypes and devices, but no values. Code that mixes devices or needs a value raises.
+`Watch` counts the operations on the device and lists the transfers between it and the host. A CPU build has no device
+guard for CUDA, so a library registers PyTorch's fake guard and reports one GPU. It is loaded before torch is imported.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-HELPER = r"""
+LIBRARY = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>) }
@@ -35,10 +35,10 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 """
 
 
-def load_helper(folder: Path) -> None:
+def load_library(folder: Path) -> None:
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     source, library = folder / "fake_cuda.cpp", folder / "fake_cuda.so"
-    source.write_text(HELPER)
+    source.write_text(LIBRARY)
     command = ["g++", "-std=c++20", "-w", "-shared", "-fPIC", f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
     command += [str(source), "-o", str(library), "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"]
     subprocess.run(command, check=True)
@@ -46,7 +46,7 @@ def load_helper(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    load_helper(Path(sys.argv[1]))
+    load_library(Path(sys.argv[1]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -55,11 +55,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 COPIES = ("_to_copy", "copy_", "copy")
-FREE = ("detach", "empty", "empty_strided", "empty_like", "new_empty", "_unsafe_view")  # launch nothing
+FREE = ("detach", "empty", "empty_strided", "empty_like", "new_empty", "_unsafe_view")  # launch no kernel
 
 
 class Watch(TorchDispatchMode):
-    """Counts the operations that launch something on the device, and notes what passes between it and the host."""
+    """Counts the operations that launch kernels on the device, and lists the transfers between it and the host."""
 
     def __init__(self):
         super().__init__()
@@ -67,43 +67,40 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        if func.namespace == "prim":  # a fake tensor is asked for its device
+        if func.namespace == "prim":  # a query of a fake tensor's device
             return result
-        given, made = (
+        inputs, outputs = (  # types of their devices
             [x.device.type for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
             for tree in ((args, kwargs), result)
         )
         name = func._schema.name.split("::")[1]
         if name in COPIES:
-            source, target = (given[-1], given[0]) if name != "_to_copy" else (given[0], made[0])
+            source, target = (inputs[-1], inputs[0]) if name != "_to_copy" else (inputs[0], outputs[0])
             if source != target:
                 self.passed.append(f"{name} from {source} to {target}")
-        elif name.startswith("lift") or {"cpu", "cuda"} <= set(given):
+        elif name.startswith("lift") or {"cpu", "cuda"} <= set(inputs):
             self.passed.append(f"{name} reads the host's memory")
         views = any(returned.alias_info and not returned.alias_info.is_write for returned in func._schema.returns)
-        if "cuda" in (made or given) and not views and name not in FREE:
+        if "cuda" in (outputs or inputs) and not views and name not in FREE:
             self.launched += 1
         return result
 
 
 def cases() -> list[tuple[str, dict]]:
-    settings = [{"layer": layer} for layer in ("softmoe", "top1moe", "dense")]
-    more = [
-        {"layer": "top1moe", "load_balancing": "importance+load"},
-        {"encoder": "impala"},
-        {"normalize_router": True},
-    ]
-    more += [{"tokenization": name} for name in ("PerFeat", "PerPatch")]
-    more += [{"learned_phi": False, "replay_device": "cpu"}]
+    """Return the script and the settings of every case."""
+    layers = [{"layer": layer} for layer in ("softmoe", "top1moe", "dense")]
+    dqn = [{"layer": "top1moe", "load_balancing": "importance+load"}, {"encoder": "impala"}, {"normalize_router": True}]
+    dqn += [{"tokenization": name} for name in ("PerFeat", "PerPatch")]
+    dqn += [{"learned_phi": False, "replay_device": "cpu"}]
     rainbow = [{"prioritized": False}, {"noisy": False, "double": False, "dueling": False}, {"replay_device": "cpu"}]
-    found = [("dqn_softmoe", given) for given in settings + more]
-    found += [("rainbow_softmoe", given) for given in settings + rainbow]
+    found = [("dqn_softmoe", given) for given in layers + dqn]
+    found += [("rainbow_softmoe", given) for given in layers + rainbow]
     found += [("der_softmoe", {"augment": augment}) for augment in (True, False)]
     return found + [("cql_softmoe", {"distributional": c51}) for c51 in (True, False)]
 
 
 def move(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """What `.to("cuda")` does: values are gone."""
+    """Move a module to the fake device in place, as `.to("cuda")` does. Its values are lost."""
     for part in module.modules():
         for name, value in part._parameters.items():
             part._parameters[name] = value if value is None else torch.nn.Parameter(mode.from_tensor(value).to("cuda"))
@@ -111,7 +108,7 @@ def move(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 def measure(script, settings: dict) -> dict:
-    """What `act`, `observe` and `learn` launch, and what passes between device and host in them."""
+    """Return the number of launches and the list of transfers of `act`, `observe` and `learn`."""
     args, watch, found = script.Args(**{"encoder": "nature", "cuda": False} | settings), Watch(), {}
     agent = script.Agent(args, SimpleNamespace(frame_shape=(84, 84), num_actions=6))
     online = hasattr(agent, "act")
@@ -122,7 +119,7 @@ def measure(script, settings: dict) -> dict:
                 move(part, mode)
         agent.device, flag, number = torch.device("cuda"), flag.to("cuda"), number.to("cuda")
         agent.optimizer = torch.optim.Adam(agent.q_network.parameters(), fused=True, capturable=True)
-        agent.learn()  # makes Adam's state
+        agent.learn()  # creates Adam's state
         calls = {"learn": agent.learn}
         if online:
             agent.obs, agent.action = agent.obs.to("cuda"), agent.action.to("cuda")
@@ -135,7 +132,7 @@ def measure(script, settings: dict) -> dict:
     return found
 
 
-def plant(script, fault: str) -> None:
+def plant_fault(script, fault: str) -> None:
     later, td_loss = script.ReplayBuffer.later, script.td_loss
     if fault == "a host tensor":
         script.ReplayBuffer.later = lambda replay, *given: later(replay, *given) + torch.arange(1)
@@ -158,8 +155,8 @@ if __name__ == "__main__":
         print(json.dumps({"case": f"{name} {settings}", **measure(script, settings)}), flush=True)
     for fault in ("a host tensor", "a wait", "a number from the host"):
         script = importlib.reload(importlib.import_module("dqn_softmoe"))
-        plant(script, fault)
+        plant_fault(script, fault)
         try:
             print(json.dumps({"case": fault, **measure(script, {})}))
-        except RuntimeError as error:  # what mixes devices, or needs a value
+        except RuntimeError as error:  # mixed devices, or a value that is needed
             print(json.dumps({"case": fault, "learn": {"passed": [f"{type(error).__name__}: {error}"]}}))

@@ -1,6 +1,6 @@
-"""A small game of pixels for the tests: a ball falls, a paddle catches it.
+"""A small pixel game for the tests, in which a paddle catches falling balls.
 
-`gym.make("pixel_game:PixelCatch-v0")` or `--env-id pixel_game:PixelCatch-v0` with this folder on the path.
+Its id is "pixel_game:PixelCatch-v0", for `gym.make` or `--env-id`. This folder must be on the Python path.
 """
 
 import gymnasium as gym
@@ -10,9 +10,9 @@ SIZE = 12  # pixels; the board has SIZE // 2 cells a side
 
 
 class PixelCatch(gym.Env):
-    """Single uint8 frames (12, 12); actions left, stay, right; +1 for a ball caught, -1 for one missed.
+    """Observations are uint8 frames (12, 12). Actions are left, stay, right. A caught ball gives +1, a missed one -1.
 
-    An episode is `balls` balls of 5 steps each, so the best return is `balls`; standing still gets about -2/3 of it.
+    An episode has `balls` balls of 5 steps each, so the best return is `balls`. Standing still gets about -2/3 of it.
     """
 
     observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE), np.uint8)

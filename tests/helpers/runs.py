@@ -1,4 +1,4 @@
-"""Where things are, small arguments for quick runs, what a run left behind, waiting, child processes."""
+"""Paths, arguments of quick runs, readers of run directories, waiting, and child processes."""
 
 import csv
 import gc
@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = Path(__file__).parent  # on the path of a process that plays the pixel game
+HELPERS = Path(__file__).parent  # must be on the Python path of a process that plays the pixel game
 GOLDEN = ROOT.parent / "shared" / "golden"
 AGENTS = ["dqn_softmoe", "rainbow_softmoe", "der_softmoe"]
 
 
 def quick(**overrides) -> dict:
-    """Arguments of a run on the pixel game that takes about a second."""
+    """Return the arguments of a run on the pixel game that takes about a second."""
     small = {"env_id": "pixel_game:PixelCatch-v0", "encoder": "nature", "num_experts": 2, "expert_hidden_dim": 16}
     small |= {"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1000, "target_network_frequency": 100}
     small |= {"iteration_steps": 200, "eval_episodes": 2, "cuda": False}
@@ -43,7 +43,7 @@ def only_run(runs_dir: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but the empty file that a run locks."""
+    """Map each file's path to its content. The empty file that a run locks is left out."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -53,17 +53,17 @@ def checkpoint(run_dir: Path) -> dict:
 
 
 def outcome(run_dir: Path) -> dict:
-    """All that a finished run's future depends on, and its records, but for the columns of speeds."""
-    paths = (run_dir / name for name in ("episodes.csv", "eval.json"))  # offline there are none
+    """Return the checkpoint, the weights and the records of a finished run, without the columns of speeds."""
+    paths = (run_dir / name for name in ("episodes.csv", "eval.json"))  # offline runs have none
     records = {path.name: path.read_text() for path in paths if path.exists()}
     scores = [{key: row[key] for key in row if key not in ("sps", "ups")} for row in read_csv(run_dir / "metrics.csv")]
     weights, state = torch.load(run_dir / "weights.pt", weights_only=True), checkpoint(run_dir)
-    del state["progress"]["rows"]  # those of the files, with their speeds
+    del state["progress"]["rows"]  # the rows of the records, with the speeds
     return state | records | {"scores": scores, "weights": weights}
 
 
 def same(a, b) -> bool:
-    """Equal to the bit, through dicts and lists."""
+    """Return whether two values are equal to the bit. They may be nested dicts and lists of tensors."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -79,13 +79,13 @@ def assert_same_outcome(a: Path, b: Path) -> None:
 
 
 def notes(text: str) -> list[str]:
-    """The lines of a terminal that are no progress bars, nor the emulator's own."""
+    """Return the lines of console output that are neither progress bars nor messages of the Atari emulator."""
     lines = [line for line in re.split(r"[\r\n]", text) if line.strip() and "%|" not in line]
     return [line for line in lines if not line.startswith(("A.L.E: ", "[Powered by Stella]"))]
 
 
 def wait_for(condition, what: str, seconds: float = 300) -> None:
-    """The limit is for what hangs: far above what a slow and busy machine takes."""
+    """Wait until the condition holds. The time limit is far above what a busy machine needs: it only ends a hang."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -93,7 +93,7 @@ def wait_for(condition, what: str, seconds: float = 300) -> None:
 
 
 class Child:
-    """A call in a fork of this process, as if it were a script of its own: it can be killed, and has an exit code."""
+    """Calls a function in a fork of this process. Like a script, the fork can be killed and has an exit code."""
 
     number = itertools.count()
 
@@ -105,10 +105,10 @@ class Child:
             os._exit(self.call(function, *arguments))
 
     def call(self, function, *arguments) -> int:
-        gc.freeze()  # what the parent left cannot be taken apart here: its threads are not
-        tqdm.set_lock(threading.RLock())  # its own is shared with the parent, and a killed child may hold it
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python sets it; parsing that failed leaves it otherwise
-        for number in (signal.SIGINT, signal.SIGHUP):  # which a shell in the background or nohup ignores
+        gc.freeze()  # do not finalise objects of the parent, whose threads do not exist here
+        tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared with the parent, and a killed child may hold it
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's default, which parse_args changes if it fails
+        for number in (signal.SIGINT, signal.SIGHUP):  # nohup and background shells ignore them
             signal.signal(number, signal.SIG_DFL)
         for number, path in enumerate(self.paths, start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -123,20 +123,20 @@ class Child:
         return 0
 
     def wait(self) -> tuple[int, str, str]:
-        """Exit code, or minus the signal that ended it; stdout; stderr."""
+        """Return the exit code, stdout and stderr. The code of a child that a signal ended is minus that signal."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return code, *(path.read_text() for path in self.paths)
 
 
 def run_script(script: Path, *words) -> None:
-    """As `python script.py words` does."""
+    """Run a script as `python script.py words` does."""
     sys.argv = [str(script), *map(str, words)]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def fork_script(script: Path, *words, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a script in a fork, which has no need to import torch again."""
+    """Run a script in a fork, which does not need to import torch again."""
 
     def run():
         os.chdir(cwd)
@@ -147,7 +147,7 @@ def fork_script(script: Path, *words, cwd: Path = ROOT) -> subprocess.CompletedP
 
 
 def at_call(owner, name: str, numbers, act) -> None:
-    """Call `act` before these calls of `owner.name`, counted from 1; within a child, for nothing puts it back."""
+    """Call `act` before the calls `numbers` of `owner.name`, counted from 1. The patch stays, so use it in a child."""
     original, calls = getattr(owner, name), [0]
 
     def counted(*arguments, **keywords):
