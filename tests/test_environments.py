@@ -1,4 +1,4 @@
-"""Environments: ale-py's vector environment against Gymnasium's wrappers, episode ends, frame stacks."""
+"""Tests of environments: Atari against Gymnasium's wrappers, ends of episodes, no-ops, seeds, and frame stacks."""
 
 import ale_py
 import gymnasium as gym
@@ -13,17 +13,17 @@ from dqn_softmoe import Args, Environments, push, reset_seed
 gym.register_envs(ale_py)
 
 
-def wrapped(game_id):
-    """One environment as Dopamine and Gymnasium preprocess it."""
+def make_reference(game_id):
+    """Return one environment with the preprocessing of Dopamine and Gymnasium."""
     env = gym.make(game_id, frameskip=1, repeat_action_probability=0.0)
     return gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84, grayscale_obs=True)
 
 
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "AsterixNoFrameskip-v0", "ALE/SpaceInvaders-v5"])
-def test_frames_rewards_and_ends_are_those_of_gymnasium(env_id):
+def test_frames_rewards_and_ends_match_gymnasium(env_id):
     """The step that ends a game returns the first frame of the next."""
     pytest.importorskip("cv2")
-    envs, reference = Environments(Args(env_id=env_id, sticky_actions=0.0), 1), wrapped(env_id)
+    envs, reference = Environments(Args(env_id=env_id, sticky_actions=0.0), 1), make_reference(env_id)
     frame, expected, games = envs.reset(3), reference.reset(seed=3)[0], 0
     assert envs.frame_shape == (84, 84) and envs.num_actions == reference.action_space.n
     np.testing.assert_array_equal(frame[0], expected)
@@ -41,7 +41,7 @@ def test_frames_rewards_and_ends_are_those_of_gymnasium(env_id):
 
 
 def play(args, num_envs, num_steps):
-    """Random play from the run's first seed: what `recv` returned; frames stay as they came."""
+    """Play at random from a run's first seed and return what `recv` returned. Later steps must not change frames."""
     envs, rng, steps, copies = Environments(args, num_envs), np.random.default_rng(0), [], []
     envs.reset(reset_seed(args.seed, 0))
     for _ in range(num_steps):
@@ -54,7 +54,7 @@ def play(args, num_envs, num_steps):
 
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "BankHeistNoFrameskip-v4"])
 def test_a_lost_life_ends_the_episode_but_not_the_game(env_id):
-    """Both have five lives; Bank Heist shows 0 of them during its last."""
+    """Both games have five lives. Bank Heist reports 0 lives during the last one."""
     steps = play(Args(env_id=env_id, terminal_on_life_loss=True), 2, 1500)
     terminated, truncated, over = (np.array([step[i] for step in steps]) for i in (2, 3, 4))
     assert (over <= terminated).all() and not truncated.any()
@@ -70,8 +70,8 @@ def test_without_life_loss_only_game_over_terminates():
     assert sum(step[4].sum() for step in steps) >= 4
 
 
-class Scripted:
-    """Two games with one script: how each step ends for ale-py, and the lives, after an end the next game's."""
+class ScriptedGames:
+    """Two games with given steps (terminated, truncated, lives). After an end, ale-py reports the next game's lives."""
 
     single_action_space, single_observation_space = gym.spaces.Discrete(2), gym.spaces.Box(0, 255, (1, 2, 2), np.uint8)
 
@@ -90,25 +90,25 @@ class Scripted:
 
 
 LOST, OVER, CUT = (False, False, 2), (True, False, 3), (False, True, 3)
-ENDS = {  # steps as ale-py reports them -> terminated, truncated, game over after the last one
-    "nothing": ([(False, False, 3)], (False, False, False)),
+ENDS = {  # steps as ale-py reports them, and terminated, truncated, game over that `recv` returns for the last one
+    "no end": ([(False, False, 3)], (False, False, False)),
     "a life lost": ([LOST], (True, False, False)),
-    "nothing after a life lost": ([LOST, LOST], (False, False, False)),
-    "the last life lost, and it goes on": ([(False, False, 0)], (True, False, False)),
+    "no end after a life lost": ([LOST, LOST], (False, False, False)),
+    "no life left, but the game goes on": ([(False, False, 0)], (True, False, False)),
     "over": ([LOST, OVER], (True, False, True)),
-    "over with the lives it always shows": ([OVER], (True, False, True)),  # Adventure
-    "over and a next game with fewer lives": ([(True, False, 2)], (True, False, True)),
+    "over, lives never change": ([OVER], (True, False, True)),  # Adventure
+    "over, next game has fewer lives": ([(True, False, 2)], (True, False, True)),
     "a life lost in the next game": ([LOST, OVER, LOST], (True, False, False)),
-    "more lives": ([LOST, (False, False, 4)], (False, False, False)),
+    "a life gained": ([LOST, (False, False, 4)], (False, False, False)),
     "cut": ([CUT], (False, True, True)),
     "cut after a life lost": ([LOST, CUT], (False, True, True)),
-    "cut as it ends": ([(True, True, 3)], (True, False, True)),
+    "over and cut at once": ([(True, True, 3)], (True, False, True)),
 }
 
 
 @pytest.mark.parametrize("steps, expected", ENDS.values(), ids=ENDS)
 def test_ends_of_games_with_life_loss(steps, expected, monkeypatch):
-    monkeypatch.setattr(dqn_softmoe, "AtariVectorEnv", lambda *_, **__: Scripted(steps))
+    monkeypatch.setattr(dqn_softmoe, "AtariVectorEnv", lambda *_, **__: ScriptedGames(steps))
     envs = Environments(Args(terminal_on_life_loss=True), 2)
     envs.reset(0)
     for _ in steps:
@@ -117,29 +117,29 @@ def test_ends_of_games_with_life_loss(steps, expected, monkeypatch):
     assert [end.tolist() for end in ends] == [[flag, flag] for flag in expected]
 
 
-def test_no_ops_are_as_many_frames_as_the_authors():
-    """Their `randint(0, 30)` agent steps are 0 to 116 frames, 58 on average."""
+def test_number_of_no_op_frames_matches_the_authors():
+    """The authors' `randint(0, 30)` agent steps are 0 to 116 frames, 58 on average."""
 
-    def drawn(noop_max, resets):
+    def frame_numbers(noop_max, resets):
         envs = Environments(Args(noop_max=noop_max), 8).envs
         return np.array([envs.reset(seed=8 * i)[1]["episode_frame_number"] for i in range(resets)])
 
-    (none,) = set(drawn(0, 1).flat)
-    assert set((drawn(1, 1) - none).flat) == {0}
-    assert set((drawn(2, 5) - none).flat) == {0, 1, 2, 3, 4}
-    frames = drawn(30, 12) - none
+    (start,) = set(frame_numbers(0, 1).flat)
+    assert set((frame_numbers(1, 1) - start).flat) == {0}
+    assert set((frame_numbers(2, 5) - start).flat) == {0, 1, 2, 3, 4}
+    frames = frame_numbers(30, 12) - start
     assert 0 <= frames.min() <= 3 and 113 <= frames.max() <= 116
     assert frames.mean() == pytest.approx(58, abs=3 * 33.8 / frames.size**0.5)
 
 
 def test_sticky_actions_and_no_ops_change_the_game_and_seeds_repeat_it():
-    def last(**settings):
+    def last_frames(**settings):
         return play(Args(**settings), 2, 80)[-1][0]
 
-    first = last()
-    np.testing.assert_array_equal(first, last())
+    first = last_frames()
+    np.testing.assert_array_equal(first, last_frames())
     for change in ({"seed": 2}, {"sticky_actions": 0.9}, {"noop_max": 30}):
-        assert (last(**change) != first).any(), change
+        assert (last_frames(**change) != first).any(), change
 
 
 def test_the_frame_limit_of_atari_truncates(monkeypatch):
@@ -149,9 +149,9 @@ def test_the_frame_limit_of_atari_truncates(monkeypatch):
     assert len(cut) == 2 and cut[1] - cut[0] == 50 and cut[0] in (48, 49)
 
 
-def test_the_frame_limit_of_another_environment_truncates():
+def test_the_step_limit_of_another_environment_truncates():
     envs = Environments(Args(env_id="pixel_game:PixelCatch-v0"), 2)
-    envs.envs.envs[0].unwrapped.balls = 10**6  # endless: Gymnasium's limit of 1000 steps cuts it
+    envs.envs.envs[0].unwrapped.balls = 10**6  # endless, so Gymnasium's limit of 1000 steps cuts it
     envs.reset(0)
     cut = []
     for _ in range(1001):
@@ -160,8 +160,8 @@ def test_the_frame_limit_of_another_environment_truncates():
     assert cut[999] == (False, True, True) and not any(any(ends) for ends in cut[:999] + cut[1000:])
 
 
-class ThinFrames(gym.Env):
-    """Frames of shape (1, H, W); every step ends an episode."""
+class OneChannelFrames(gym.Env):
+    """An environment with frames of shape (1, H, W). Every step ends an episode."""
 
     observation_space = gym.spaces.Box(0, 255, (1, 6, 5), np.uint8)
     action_space = gym.spaces.Discrete(2)
@@ -175,8 +175,8 @@ class ThinFrames(gym.Env):
 
 
 def test_other_environments_may_have_a_channel_axis_and_lives():
-    gym.register("ThinFrames-v0", entry_point=ThinFrames)
-    envs = der_softmoe.Environments(der_softmoe.Args(env_id="ThinFrames-v0"), 3)
+    gym.register("OneChannelFrames-v0", entry_point=OneChannelFrames)
+    envs = der_softmoe.Environments(der_softmoe.Args(env_id="OneChannelFrames-v0"), 3)
     assert envs.reset(0).shape == (3, 6, 5) and envs.frame_shape == (6, 5)
     envs.send(np.array([0, 1, 1]))
     frame, reward, terminated, truncated, over = envs.recv()

@@ -1,8 +1,8 @@
-"""Thirty updates of training: losses and weights are those of the authors' own train step.
+"""Compares losses and weights with those of the authors' train step over thirty updates.
 
-`golden/training_*.npz` holds the losses, per-sample losses and norms of weights of `dqn_moe_agent.train` and
-`full_rainbow_moe_agent.train` (google/dopamine, 5873f54), computed in float64. Weights and batches come from a recipe
-in NumPy. Networks have 6 actions and 4 experts; the target network is copied once, after the 15th update.
+`golden/training_*.npz` holds the losses, per-sample losses and weight norms of `dqn_moe_agent.train` and
+`full_rainbow_moe_agent.train` (google/dopamine, 5873f54), computed in float64. NumPy generates the same initial weights
+and batches on both sides. Networks have 6 actions and 4 experts. The target is updated once, after the 15th update.
 """
 
 import zlib
@@ -18,7 +18,7 @@ import rainbow_softmoe
 
 GOLDEN = Path(__file__).parent / "golden"
 RAINBOW = {"encoder": "nature", "noisy": False}
-CASES = {  # file: script, its arguments
+CASES = {  # name of the golden file: script, arguments
     "dqn_impala_softmoe4": (dqn_softmoe, {"encoder": "impala"}),
     "dqn_nature_top1moe4": (dqn_softmoe, {"encoder": "nature", "layer": "top1moe"}),
     "dqn_nature_top1moe4_importance": (
@@ -33,7 +33,7 @@ CASES = {  # file: script, its arguments
 
 
 def batches(script, n_step, dtype):
-    """The recipe's batches of 8, in the order of its draws."""
+    """Yield the batches of 8 transitions. The order of the draws is that of the golden files."""
     rng = np.random.default_rng(3)
     pool = rng.integers(0, 256, (64, 4, 12, 12))
     for _ in range(30):
@@ -49,7 +49,7 @@ def batches(script, n_step, dtype):
 
 
 def train(name, dtype, updates):
-    """Losses, per-sample losses and norms of the weights, ours and the authors'."""
+    """Return our losses, per-sample losses and norms of the weights before and after, and the authors' arrays."""
     script, settings = CASES[name]
     with np.load(GOLDEN / f"training_{name}.npz") as file:
         golden = dict(file)
@@ -80,7 +80,7 @@ def train(name, dtype, updates):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_thirty_updates_in_float64_are_the_authors(name):
+def test_thirty_updates_in_float64_match_the_authors(name):
     losses, per_sample, norms, golden = train(name, torch.float64, 30)
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-6)
     np.testing.assert_allclose(per_sample, golden.get("per_sample", np.zeros((30, 8))), rtol=1e-6, atol=1e-5)
@@ -88,6 +88,6 @@ def test_thirty_updates_in_float64_are_the_authors(name):
     np.testing.assert_allclose(norms[1] - norms[0], golden["norm_after"] - golden["norm_before"], rtol=1e-4, atol=1e-9)
 
 
-def test_ten_updates_in_float32_are_the_authors():
+def test_ten_updates_in_float32_match_the_authors():
     losses, *_, golden = train("rainbow_nature_softmoe4", torch.float32, 10)
     np.testing.assert_allclose(losses, golden["losses"][:10], rtol=1e-3)
