@@ -1,4 +1,4 @@
-"""DQN's networks and loss: the authors' numbers, explicit padding, loops."""
+"""Tests of DQN's networks and loss against the authors' numbers, Flax's padding and initialisers, and loops."""
 
 import importlib
 
@@ -25,18 +25,17 @@ def random_obs(n, size=84):
 
 
 def authors_names(q_network):
-    """Our parameters' names -> the authors': the encoder's convolutions follow each other in forward order."""
+    """Map our parameter names to the authors'. The encoder's convolutions are matched in forward order."""
     ours = [f"encoder.{name}" for name, layer in q_network.encoder.named_modules() if isinstance(layer, nn.Conv2d)]
-    theirs = [f"encoder.stack{i}.conv{j}" for i in range(3) for j in range(5)]
-    theirs = dict(
-        zip(ours, theirs if len(ours) == 15 else ["encoder.conv0", "encoder.conv1", "encoder.conv2"], strict=True)
-    )
+    impala = [f"encoder.stack{i}.conv{j}" for i in range(3) for j in range(5)]
+    nature = [f"encoder.conv{i}" for i in range(3)]
+    theirs = dict(zip(ours, impala if len(ours) == 15 else nature, strict=True))
     split = {name: name.rsplit(".", 1) for name, _ in q_network.named_parameters()}
     return {name: f"{theirs.get(module, module)}.{leaf}" for name, (module, leaf) in split.items()}
 
 
 def load_golden(q_network, name):
-    """Give a network the authors' weights; returns the file's arrays, and our parameters that it does not have."""
+    """Load the authors' weights. Returns the arrays of the file and the names of our parameters that it lacks."""
     if not GOLDEN.is_dir():
         pytest.skip("the authors' whole-network numbers are not beside this checkout")
     with np.load(GOLDEN / f"{name}.npz") as file:
@@ -51,15 +50,15 @@ def load_golden(q_network, name):
     "name, encoder, layer",
     [("dqn_impala_softmoe_perconv_n4", "impala", "softmoe"), ("dqn_nature_top1_perconv_n4", "nature", "top1moe")],
 )
-def test_q_values_loss_and_gradients_are_the_authors(name, encoder, layer):
+def test_q_values_loss_and_gradients_match_the_authors(name, encoder, layer):
     args = Args(encoder=encoder, layer=layer, num_experts=4, expert_hidden_dim=64)
     q_network = QNetwork(args, (4, 84, 84), num_actions=4)
     data, missing = load_golden(q_network, name)
     assert not missing
     torch.testing.assert_close(q_network(data["obs"])[0], data["q_values"], rtol=0, atol=1e-5)
     torch.testing.assert_close(q_network.q_values(data["obs"]), data["q_values"], rtol=0, atol=1e-5)
-    nothing, obs = torch.zeros(3), data["obs"]  # with discount 0 the target is the reward
-    batch = Batch(obs, data["actions"].long(), data["target"], nothing, obs, nothing)
+    zeros, obs = torch.zeros(3), data["obs"]  # with discount 0 the target is the reward
+    batch = Batch(obs, data["actions"].long(), data["target"], zeros, obs, zeros)
     loss, metrics, _ = td_loss(q_network, q_network, batch, args)
     loss.backward()
     assert loss.item() == metrics["td_loss"].item() == pytest.approx(data["loss"].item(), abs=1e-5)
@@ -73,7 +72,7 @@ def test_q_values_loss_and_gradients_are_the_authors(name, encoder, layer):
 
 
 def same_padding(x, kernel, stride):
-    """Flax's SAME written out, for F.pad: ceil(size / stride) outputs, the odd pixel after."""
+    """Return Flax's SAME padding for F.pad: ceil(size / stride) outputs, with the odd pixel at the end."""
     totals = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in (x.shape[3], x.shape[2])]
     return [pad for total in totals for pad in (total // 2, total - total // 2)]
 
@@ -110,7 +109,7 @@ def test_encoders_pad_as_flax_does(size):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_the_paper_s_feature_maps(width):
+def test_feature_maps_match_the_paper(width):
     obs = torch.zeros(1, 4, 84, 84)
     assert nature_cnn(4, width)(obs).shape == (1, 64 * width, 11, 11)
     assert impala_cnn(4, width)(obs).shape == (1, 32 * width, 11, 11)
@@ -123,16 +122,16 @@ def test_the_paper_s_feature_maps(width):
 
 
 @pytest.mark.parametrize("encoder", ["impala", "nature"])
-def test_networks_start_as_flax_s_initialisers_do(encoder):
+def test_initial_weights_match_flax_s_initialisers(encoder):
     q_network = QNetwork(Args(encoder=encoder, encoder_width=4), (4, 84, 84), 18)
     for i, layer in enumerate(convolutions(q_network.encoder)):
         assert (layer.bias == 0).all()
         fan_in, fan_out = (channels * layer.kernel_size[0] ** 2 for channels in (layer.in_channels, layer.out_channels))
         largest, std = layer.weight.abs().max().item(), layer.weight.std().item()
-        if encoder == "impala" and i % 5:  # residual convolutions: LeCun-normal, cut at 2 sigma
+        if encoder == "impala" and i % 5:  # residual convolutions: LeCun normal, truncated at two sigma
             cut = 2 * fan_in**-0.5 / 0.8796
             assert 0.95 * cut < largest <= cut and std == pytest.approx(fan_in**-0.5, rel=0.05)
-        else:  # Xavier-uniform
+        else:  # Xavier uniform
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.95 * bound < largest <= bound and std == pytest.approx(bound / 3**0.5, rel=0.05)
     head = q_network.head
@@ -143,7 +142,7 @@ def test_networks_start_as_flax_s_initialisers_do(encoder):
 # ------------------------------------------------------------------------------------------- from encoder to the head
 
 
-def test_tokens_reach_the_head_row_major_with_nothing_between():
+def test_head_reads_the_row_major_tokens_directly():
     q_network, obs = QNetwork(Args(num_experts=2, expert_hidden_dim=8, encoder="nature"), (4, 84, 84), 3), random_obs(2)
     features = q_network.encoder(obs.float() / 255)
     tokens = torch.stack([features[:, :, y, x] for y in range(11) for x in range(11)], dim=1)
@@ -188,8 +187,8 @@ def test_patches_have_the_authors_channels(script, channels):
 
 
 def test_the_layer_gets_its_options():
-    def layer(**given):
-        return QNetwork(Args(encoder="nature", expert_hidden_dim=8, **given), (4, 84, 84), 3).moe
+    def layer(**options):
+        return QNetwork(Args(encoder="nature", expert_hidden_dim=8, **options), (4, 84, 84), 3).moe
 
     soft, plain = layer(normalize_router=True, learned_phi=False, capacity_factor=0.5, num_experts=3), layer()
     assert (soft.normalize, soft.learned_phi, soft.num_slots) == (True, False, 21)
@@ -200,12 +199,12 @@ def test_the_layer_gets_its_options():
     assert layer(layer="gap", num_experts=3).linear.weight.shape == (24, 64)
     assert layer(layer="tokenized", num_experts=3).linear.weight.shape == (24, 64)
     assert layer(layer="expert_choice", num_experts=3, capacity_factor=0.5).num_slots == 21
-    big = layer(expert_variant="big", encoder_width=2)  # 84 * 84 / 8 pixels, 29 * 29 of them in an image
+    big = layer(expert_variant="big", encoder_width=2)  # 84 * 84 / 8 slots each, 29 * 29 used
     assert (big.num_slots, big.token_dim, big.experts.side) == (29**2, 4, 29)
     assert big.experts.encoders["0-weight"].shape == (8, 64, 4, 8, 8)
 
 
-def test_the_average_layer_reads_the_mean_of_the_feature_map():
+def test_gap_layer_reads_the_mean_of_the_feature_map():
     q_network, obs = QNetwork(Args(layer="gap", encoder="nature"), (4, 84, 84), 3), random_obs(2)
     mean = q_network.encoder(obs.float() / 255).mean(dim=(2, 3))
     torch.testing.assert_close(q_network(obs)[0], q_network.head(q_network.moe.linear(mean).relu()))
@@ -215,7 +214,7 @@ def test_the_average_layer_reads_the_mean_of_the_feature_map():
 
 
 class Table(nn.Module):
-    """Q-values read from a table by the first pixel of the newest frame."""
+    """A network that looks its Q-values up in a table, by the first pixel of the newest frame."""
 
     def __init__(self, values):
         super().__init__()
@@ -228,19 +227,19 @@ class Table(nn.Module):
         return self.q_values(obs), None
 
 
-def test_td_loss_is_the_loop_s():
+def test_td_loss_matches_a_loop():
     online, target = Table(torch.randn(16, 3)), Table(torch.randn(16, 3))
     pixels = torch.arange(16, dtype=torch.uint8)[:, None, None, None].expand(16, 4, 2, 2)
     discount = torch.rand(8) * (torch.arange(8) % 3 > 0)
     batch = Batch(pixels[:8], torch.randint(3, (8,)), torch.randn(8), discount, pixels[8:], torch.arange(8))
     loss, metrics, output = td_loss(online, target, batch, Args(layer="dense"))
-    total, chosen = 0.0, 0.0
+    expected, mean_q = 0.0, 0.0
     for i in range(8):
-        goal = batch.reward[i].item() + discount[i].item() * max(target.values[8 + i].tolist())
+        td_target = batch.reward[i].item() + discount[i].item() * max(target.values[8 + i].tolist())
         q = online.values[i, batch.action[i]].item()
-        total, chosen = total + (q - goal) ** 2 / 8, chosen + q / 8
-    assert loss.item() == metrics["loss"].item() == pytest.approx(total, rel=1e-5)
-    assert metrics["q_values"].item() == pytest.approx(chosen, rel=1e-4)
+        expected, mean_q = expected + (q - td_target) ** 2 / 8, mean_q + q / 8
+    assert loss.item() == metrics["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert metrics["q_values"].item() == pytest.approx(mean_q, rel=1e-4)
     loss.backward()
     assert target.values.grad is None and (online.values.grad[8:] == 0).all() and output is None
 
