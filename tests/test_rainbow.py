@@ -1,7 +1,7 @@
-"""Rainbow and DER: C51 projection and loss, noisy and dueling heads, exploration, augmentation, arguments.
+"""Tests of Rainbow and DER: C51's projection and loss, noise, dueling heads, exploration, augmentation, arguments.
 
-The references are the authors' numbers (`tests/golden`, and those beside the checkout) and loops in float64 that are
-written from the papers. What DER has in Rainbow's words is tested in Rainbow.
+The references are the authors' numbers and float64 loops that are written from the papers. Code that DER shares with
+Rainbow is tested in Rainbow.
 """
 
 import functools
@@ -28,7 +28,7 @@ from moe_layers import NoisyLinear, load_balancing_loss
 from rainbow_softmoe import Args, QNetwork, project_distribution
 
 SMALL = {"encoder": "nature", "num_experts": 2, "expert_hidden_dim": 8, "num_atoms": 5, "v_min": -1.0, "v_max": 2.0}
-A = 3  # actions of the small networks
+A = 3  # number of actions of the small networks
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,8 @@ def script(request):
     return request.param
 
 
-def network(script=rainbow_softmoe, **overrides):
-    """A small network for 12x12 frames, and its arguments."""
+def make_network(script=rainbow_softmoe, **overrides):
+    """Return a small network for 12x12 frames, and its arguments."""
     names = {field.name for field in fields(script.Args)}
     args = script.Args(**{name: value for name, value in SMALL.items() if name in names} | overrides)
     return script.QNetwork(args, (4, 12, 12), A), args
@@ -56,22 +56,21 @@ def sigmas(q_network):
     return {name: parameter for name, parameter in q_network.named_parameters() if "sigma" in name}
 
 
-def fill_sigmas(q_network, value, only=""):
-    """Set the sigmas whose name starts with `only`, and the others to 0."""
-    for name, parameter in sigmas(q_network).items():
-        nn.init.constant_(parameter, value if name.startswith(only) else 0.0)
+def fill_sigmas(q_network, value):
+    for parameter in sigmas(q_network).values():
+        nn.init.constant_(parameter, value)
 
 
-def silent(q_network, args, shape=(4, 12, 12)):
-    """A network without noisy layers that has the means as weights."""
-    plain = type(q_network)(replace(args, noisy=False), shape, A)
+def without_noise(q_network, args):
+    """Return a network without noisy layers, whose weights are the means of the noisy ones."""
+    plain = type(q_network)(replace(args, noisy=False), (4, 12, 12), A)
     plain.load_state_dict({name: value for name, value in q_network.state_dict().items() if "sigma" not in name})
     return plain
 
 
 @pytest.mark.parametrize("noise", ["none", "evaluation", "sigma 0"])
-def test_logits_and_q_values_are_the_authors(noise):
-    """Without noisy layers; with noisy layers in evaluation mode; and in training mode with every sigma 0."""
+def test_logits_and_q_values_match_the_authors(noise):
+    """Noisy layers must have no effect in evaluation mode, nor in training mode if every sigma is 0."""
     args = Args(encoder="impala", num_experts=4, expert_hidden_dim=64, noisy=noise != "none")
     q_network = QNetwork(args, (4, 84, 84), num_actions=4)
     data, missing = load_golden(q_network, "rainbow_impala_softmoe_perconv_n4")
@@ -88,8 +87,8 @@ def test_logits_and_q_values_are_the_authors(noise):
 # ---------------------------------------------------------------------------------------------------- projection
 
 
-def project(atoms, probs, v_min, v_max, num_atoms):
-    """Bellemare et al. (2017), algorithm 1, for one distribution; an atom on a grid point keeps its mass there."""
+def projection_oracle(atoms, probs, v_min, v_max, num_atoms):
+    """Project one distribution by algorithm 1 of Bellemare et al. (2017). An atom on a grid point keeps its mass."""
     spacing, projected = (v_max - v_min) / (num_atoms - 1), [0.0] * num_atoms
     for atom, prob in zip(atoms, probs, strict=True):
         b = (min(max(atom, v_min), v_max) - v_min) / spacing
@@ -103,7 +102,7 @@ def project(atoms, probs, v_min, v_max, num_atoms):
     return projected
 
 
-def test_the_projection_is_the_authors():
+def test_projection_matches_the_authors():
     with np.load(Path(__file__).parent / "golden" / "c51_projection.npz") as file:
         data = {key: torch.from_numpy(file[key]) for key in file.files}
     atoms = data["reward"][:, None] + data["discount"][:, None] * data["support"]
@@ -112,9 +111,8 @@ def test_the_projection_is_the_authors():
 
 
 @pytest.mark.parametrize("v_min, v_max, n", [(-10, 10, 51), (-1, 3, 7), (4, 8, 5), (0, 1, 2), (-300, -20, 11)])
-def test_projection_is_bellemare_s_algorithm(v_min, v_max, n):
-    """Exact in float64, to rounding in float32; no mass is lost; grid points keep theirs, what is beyond an end goes
-    to the end."""
+def test_projection_matches_bellemare_s_algorithm(v_min, v_max, n):
+    """No mass is lost. An atom on a grid point keeps its mass. The mass of an atom beyond an end goes to that end."""
     width, support = v_max - v_min, torch.linspace(v_min, v_max, n, dtype=torch.float64)
     atoms = v_min - width / 2 + 2 * width * torch.rand(20, n, dtype=torch.float64)  # many beyond both ends
     grid = torch.stack([support, support.flip(0), support[torch.randperm(n)]])
@@ -122,7 +120,7 @@ def test_projection_is_bellemare_s_algorithm(v_min, v_max, n):
     atoms = torch.cat([atoms, grid, beyond])
     probs = torch.randn(27, n, dtype=torch.float64).mul(2).softmax(dim=1)
     rows = zip(atoms.tolist(), probs.tolist(), strict=True)
-    expected = torch.tensor([project(*row, v_min, v_max, n) for row in rows], dtype=torch.float64)
+    expected = torch.tensor([projection_oracle(*row, v_min, v_max, n) for row in rows], dtype=torch.float64)
     torch.testing.assert_close(project_distribution(atoms, probs, support), expected, rtol=0, atol=1e-12)
     single = project_distribution(atoms.float(), probs.float(), support.float())
     torch.testing.assert_close(single, expected.float(), rtol=0, atol=1e-5)
@@ -132,14 +130,14 @@ def test_projection_is_bellemare_s_algorithm(v_min, v_max, n):
 
 
 def test_projection_of_a_known_case():
-    """Atoms at 0, 2, 4 fall on or below the first grid point, 6.25 lies between two, 8 is the last."""
+    """Atoms 0, 2 and 4 are at or below the first grid point, 6.25 is between two, and 8 is on the last one."""
     atoms, probs = torch.tensor([[0.0, 2, 4, 6.25, 8]]), torch.tensor([[0.1, 0.6, 0.1, 0.1, 0.1]])
     projected = project_distribution(atoms, probs, torch.tensor([4.0, 5, 6, 7, 8]))
     torch.testing.assert_close(projected, torch.tensor([[0.8, 0, 0.075, 0.025, 0.1]]), rtol=0, atol=1e-6)
 
 
-def test_projection_scatters_nothing():
-    """On a GPU, adding to places that repeat is not deterministic."""
+def test_projection_uses_no_scatter():
+    """On a GPU, a scatter that adds to one place twice is not deterministic."""
     support, atoms = torch.linspace(-10, 10, 51), torch.randn(32, 51) * 8
     with Operations() as operations:
         project_distribution(atoms, torch.randn(32, 51).softmax(dim=1), support)
@@ -150,7 +148,7 @@ def test_projection_scatters_nothing():
 
 
 class Table(nn.Module):
-    """Logits read from a table by the first pixel of the newest frame; remembers what it saw."""
+    """A network that looks its logits up in a table, by the first pixel of the newest frame. It records its inputs."""
 
     expected = QNetwork.expected
 
@@ -182,7 +180,7 @@ def mean_of(probs, support):
 
 
 def loss_oracle(logits, online_next, target_next, batch, args):
-    """Losses, chosen values and next actions of a batch, transition by transition, from lists of logits (B, A, N)."""
+    """Return losses, values of the taken actions, and next actions of a batch, from lists of logits (B, A, N)."""
     spacing = (args.v_max - args.v_min) / (args.num_atoms - 1)
     support = [args.v_min + i * spacing for i in range(args.num_atoms)]
     losses, values, actions = [], [], []
@@ -193,45 +191,43 @@ def loss_oracle(logits, online_next, target_next, batch, args):
             bootstrap = batch.discount[i].item() * target_next[i][actions[-1]][0]
             values.append(logits[i][action][0])
             error = abs(values[-1] - batch.reward[i].item() - bootstrap)
-            losses.append(0.5 * error**2 if error < 1 else error - 0.5)  # Huber's, delta 1
+            losses.append(0.5 * error**2 if error < 1 else error - 0.5)  # Huber loss, delta 1
             continue
         q_next = [mean_of(softmax(row), support) for row in chooser]
         actions.append(max(range(len(q_next)), key=q_next.__getitem__))
         atoms = [batch.reward[i].item() + batch.discount[i].item() * z for z in support]
-        target = project(atoms, softmax(target_next[i][actions[-1]]), args.v_min, args.v_max, args.num_atoms)
+        next_probs = softmax(target_next[i][actions[-1]])
+        target = projection_oracle(atoms, next_probs, args.v_min, args.v_max, args.num_atoms)
         probs = softmax(logits[i][action])
         losses.append(-sum(t * math.log(p) for t, p in zip(target, probs, strict=True)))
         values.append(mean_of(probs, support))
     return losses, values, actions
 
 
-def make_batch(script, obs, next_obs, **changes):
-    """Random transitions: n-step discounts, rewards beyond the support, every third terminal."""
+def make_batch(script, obs, next_obs):
+    """Return random transitions. Some rewards are beyond the support, and every third transition is terminal."""
     n = len(obs)
     discount = 0.99 ** torch.randint(1, 4, (n,)).float() * (torch.arange(n) % 3 > 0)
-    parts = {"action": torch.randint(A, (n,)), "reward": 2 * torch.randn(n), "discount": discount}
-    parts |= {"index": torch.arange(n)}
-    if script is not dqn_softmoe:
-        parts["importance_weights"] = torch.rand(n) + 0.1
-    return script.Batch(**{"obs": obs, "next_obs": next_obs} | parts | changes)
+    parts = obs, torch.randint(A, (n,)), 2 * torch.randn(n), discount, next_obs, torch.arange(n)
+    return script.Batch(*parts) if script is dqn_softmoe else script.Batch(*parts, torch.rand(n) + 0.1)
 
 
-def pixels(values):
+def constant_obs(values):
     return torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 2, 2).clone()
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("distributional", [True, False], ids=["c51", "values"])
 @pytest.mark.parametrize("kind", ["table", "dueling", "advantage alone"])
-def test_td_loss_is_the_loop_s(script, double, distributional, kind):
-    """Networks that disagree about the best next action; losses are unweighted, the loss is weighted."""
+def test_td_loss_matches_a_loop(script, double, distributional, kind):
+    """The networks disagree about the best next action. The loss has importance weights, the losses have none."""
     settings = {"double": double, "distributional": distributional, "dueling": kind == "dueling", "noisy": False}
-    (online, args), (target, _) = (network(script, **settings) for _ in range(2))
+    (online, args), (target, _) = (make_network(script, **settings) for _ in range(2))
     obs, next_obs = random_obs(24), random_obs(24)
     if kind == "table":
         online, target = random_table(args), random_table(args)
-        obs, next_obs = pixels(range(24)), pixels(range(24, 48))
-    else:  # the target shifts online's preferences by one action
+        obs, next_obs = constant_obs(range(24)), constant_obs(range(24, 48))
+    else:  # the target's preferences are the online network's, shifted by one action
         nn.init.normal_(online.advantage.weight, std=30.0)
         target.load_state_dict(online.state_dict())
         target.advantage.weight.data = online.advantage.weight.data.roll(args.num_atoms if distributional else 1, 0)
@@ -243,7 +239,7 @@ def test_td_loss_is_the_loop_s(script, double, distributional, kind):
     losses, values, actions = loss_oracle(*logits, batch, args)
     other_losses, _, other_actions = loss_oracle(*logits, batch, replace(args, double=not double))
     differ = [a != b and discount > 0 for a, b, discount in zip(actions, other_actions, batch.discount, strict=True)]
-    assert sum(differ) >= 8 and np.abs(np.subtract(losses, other_losses)).max() > 0.05  # can tell them apart
+    assert sum(differ) >= 8 and np.abs(np.subtract(losses, other_losses)).max() > 0.05  # double has an effect
     loss, metrics, _, unweighted = script.td_loss(online, target, batch, args)
     torch.testing.assert_close(unweighted, torch.tensor(losses), rtol=1e-4, atol=1e-4)
     weighted = np.mean(np.array(losses) * batch.importance_weights.numpy())
@@ -253,11 +249,11 @@ def test_td_loss_is_the_loop_s(script, double, distributional, kind):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_no_gradient_reaches_the_target(script, double):
-    """None in the target network, none at the next states, even where both networks are one; all that was chosen."""
+    """The gradient is that of the taken actions' logits alone, even if the target network is the online network."""
     args = script.Args(**SMALL | {"layer": "dense", "double": double})
     for shared in (False, True):
         online, target = random_table(args), random_table(args)
-        batch = make_batch(script, pixels(range(8)), pixels(range(8, 16)))
+        batch = make_batch(script, constant_obs(range(8)), constant_obs(range(8, 16)))
         loss, metrics, _, losses = script.td_loss(online, online if shared else target, batch, args)
         loss.backward()
         taken = online.logits.grad[torch.arange(8), batch.action]
@@ -269,8 +265,8 @@ def test_no_gradient_reaches_the_target(script, double):
 @pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
 @pytest.mark.parametrize("balancing", ["importance", "load", "importance+load"])
 def test_load_balancing_is_added_to_the_loss_and_not_to_the_losses(script, balancing):
-    """Unweighted by importance, part of the loss and its gradient, no part of a priority. Metrics are scalars."""
-    q_network, args = network(script, layer="top1moe", **{} if script is dqn_softmoe else {"noisy": False})
+    """The balancing loss has no importance weights. It changes the loss and its gradient, but not the priorities."""
+    q_network, args = make_network(script, layer="top1moe", **{} if script is dqn_softmoe else {"noisy": False})
     batch = make_batch(script, random_obs(6), random_obs(6))
     plain, without, _, *expected = script.td_loss(q_network, q_network, batch, args)
     args = replace(args, load_balancing=balancing, importance_weight=20.0, load_weight=30.0)
@@ -285,7 +281,7 @@ def test_load_balancing_is_added_to_the_loss_and_not_to_the_losses(script, balan
     gradients = [torch.autograd.grad(x, q_network.moe.router.weight)[0] for x in (plain, loss)]
     assert (gradients[1] - gradients[0]).abs().sum() > 1e-4
     torch.testing.assert_close(losses, expected)
-    assert [x.shape for x in losses] == [] if script is dqn_softmoe else [(6,)]
+    assert [x.shape for x in losses] == ([] if script is dqn_softmoe else [(6,)])
     assert set(metrics) - set(without) == {"load_balancing_loss"}
     assert set(without) == {"loss", "td_loss", "q_values"} and metrics["loss"].item() == loss.item()
     assert loss.requires_grad and all(value.shape == () and not value.requires_grad for value in metrics.values())
@@ -298,10 +294,10 @@ LAYERS = ["softmoe", "top1moe", "dense"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_evaluation_mode_is_silent_and_equals_the_means(layer):
-    """Equal to a network without noisy layers, which has no sigmas and draws nothing in training mode either."""
-    noisy, args = network(layer=layer)
-    plain, obs = silent(noisy, args), random_obs(5)
+def test_evaluation_mode_uses_the_means_and_draws_no_noise(layer):
+    """The results are those of a network without noisy layers, which draws no noise in training mode either."""
+    noisy, args = make_network(layer=layer)
+    plain, obs = without_noise(noisy, args), random_obs(5)
     fill_sigmas(noisy, 3.0)
     assert not sigmas(plain) and not any(isinstance(module, NoisyLinear) for module in plain.modules())
     with torch.no_grad():
@@ -315,13 +311,13 @@ def test_evaluation_mode_is_silent_and_equals_the_means(layer):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradients_of_the_loss_reach_every_sigma_and_every_mean(script, layer):
-    (q_network, args), (target, _) = (network(script, layer=layer) for _ in range(2))
+    (q_network, args), (target, _) = (make_network(script, layer=layer) for _ in range(2))
     script.td_loss(q_network, target, make_batch(script, random_obs(8), random_obs(8)), args)[0].backward()
     first = ["moe.linear.weight", "moe.linear.bias"] if layer == "dense" else ["moe.experts.w1", "moe.experts.b1"]
     heads = [f"{head}.{part}" for head in ("advantage", "value") for part in ("weight", "bias")]
     assert set(sigmas(q_network)) == {f"{name}_sigma" for name in first + heads}
     for name, parameter in q_network.named_parameters():
-        if name != "moe.scale":  # of the normalised router
+        if name != "moe.scale":  # only the normalised router uses it
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in target.parameters())
 
@@ -331,9 +327,8 @@ def test_gradients_of_the_loss_reach_every_sigma_and_every_mean(script, layer):
 
 @pytest.mark.parametrize("dueling", [True, False])
 def test_logits_are_value_plus_advantage_minus_its_mean_over_actions(dueling, monkeypatch):
-    """By loops; the advantage head's outputs are action-major: action 0's atoms come first. Or the advantages alone.
-    Q-values are the means of the distributions."""
-    q_network, args = network(dueling=dueling)
+    """The advantage head's outputs are action-major, and are the logits without dueling. Q-values are the means."""
+    q_network, args = make_network(dueling=dueling)
     N = args.num_atoms
     assert any("value" in name for name in q_network.state_dict()) == dueling
     advantage, value = torch.randn(A * N), torch.randn(N)
@@ -354,25 +349,25 @@ def test_logits_are_value_plus_advantage_minus_its_mean_over_actions(dueling, mo
 # ------------------------------------------------------------------------------------ priorities, lives, exploration
 
 
-def tiny(script, tmp_path, **overrides):
-    """Arguments of a run of less than a second: updates from step 40."""
+def tiny_args(script, tmp_path, **overrides):
+    """Return the arguments of a run that takes less than a second and updates from step 40 on."""
     settings = {"total_timesteps": 120, "learning_starts": 40, "buffer_size": 400, "batch_size": 8, "num_envs": 2}
     settings |= {"iteration_steps": 60, "checkpoint_every": 0, "replay_ratio": 0.5, "runs_dir": str(tmp_path / "runs")}
     return script.Args(**quick(**settings | overrides))
 
 
-def copied(x):
+def copy_of(x):
     return x.clone() if isinstance(x, torch.Tensor) else x.copy() if isinstance(x, np.ndarray) else x
 
 
-def spy(monkeypatch, owner, name, instead=None):
-    """Arguments and result of every later call of `owner.name`."""
-    calls, function = [], instead or getattr(owner, name)
+def record_calls(monkeypatch, owner, name, replacement=None):
+    """Return a list that collects the arguments and the result of every later call of `owner.name`."""
+    calls, function = [], replacement or getattr(owner, name)
 
     def wrapper(*args):
-        before = [copied(x) for x in args]
+        before = [copy_of(x) for x in args]
         result = function(*args)
-        calls.append((before, tuple(map(copied, result)) if type(result) is tuple else copied(result)))
+        calls.append((before, tuple(map(copy_of, result)) if type(result) is tuple else copy_of(result)))
         return result
 
     monkeypatch.setattr(owner, name, wrapper)
@@ -380,23 +375,23 @@ def spy(monkeypatch, owner, name, instead=None):
 
 
 def test_every_update_gives_its_batch_new_priorities(script, tmp_path, monkeypatch):
-    draws, learned = spy(monkeypatch, script.PrioritizedReplayBuffer, "sample"), spy(monkeypatch, script, "td_loss")
-    updates = spy(monkeypatch, script.PrioritizedReplayBuffer, "update_priorities")
-    script.main(tiny(script, tmp_path, layer="dense", eval_episodes=0))
+    replay_class, learned = script.PrioritizedReplayBuffer, record_calls(monkeypatch, script, "td_loss")
+    draws, updates = (record_calls(monkeypatch, replay_class, name) for name in ("sample", "update_priorities"))
+    script.main(tiny_args(script, tmp_path, layer="dense", eval_episodes=0))
     assert len(draws) == len(learned) == len(updates) == 40
     for (_, batch), (_, (loss, *_)), ((_, index, losses), _) in zip(draws, learned, updates, strict=True):
         assert torch.equal(batch.index, index)
         torch.testing.assert_close((losses * batch.importance_weights).mean(), loss.detach())
     assert len(updates[0][0][0].weight.unique()) > 40
-    script.main(tiny(script, tmp_path, layer="dense", eval_episodes=0, prioritized=False))
+    script.main(tiny_args(script, tmp_path, layer="dense", eval_episodes=0, prioritized=False))
     assert len(learned) == 80 and len(draws) == len(updates) == 40
 
 
-def stacks_seen(monkeypatch, play):
-    """Run `play` with random values; what each call of DER's `q_values` got, what it should have got, and the ends."""
-    seen = spy(monkeypatch, der_softmoe.QNetwork, "q_values", lambda self, obs: torch.rand(len(obs), 4))
-    first = spy(monkeypatch, der_softmoe.Environments, "reset")
-    steps = spy(monkeypatch, der_softmoe.Environments, "recv")
+def record_stacks(monkeypatch, play):
+    """Run `play` with random Q-values. Returns the stacks that `q_values` got, the expected ones, terminated, over."""
+    seen = record_calls(monkeypatch, der_softmoe.QNetwork, "q_values", lambda self, obs: torch.rand(len(obs), 4))
+    first = record_calls(monkeypatch, der_softmoe.Environments, "reset")
+    steps = record_calls(monkeypatch, der_softmoe.Environments, "recv")
     play()
     frames = [first[0][1], *(frame for _, (frame, *_) in steps)]
     terminated, truncated, over = (np.stack([step[k] for _, step in steps]) for k in (2, 3, 4))
@@ -412,34 +407,36 @@ def stacks_seen(monkeypatch, play):
 
 
 def test_lost_lives_end_stacks_and_episodes_while_the_game_goes_on(tmp_path, monkeypatch):
-    """A run on Breakout that only acts: the network sees what the replay rebuilds, a lost life is terminal in it."""
+    """In a run without updates, the network sees the stacks of the replay, in which a lost life is terminal."""
     breakout = {"env_id": "BreakoutNoFrameskip-v4", "num_envs": 1, "layer": "dense", "eval_episodes": 0}
     breakout |= {"buffer_size": 1000, "total_timesteps": 900, "learning_starts": 900}
-    args, agents = tiny(der_softmoe, tmp_path, **breakout), spy(monkeypatch, der_softmoe.Agent, "__init__")
-    seen, expected, terminated, over = stacks_seen(monkeypatch, lambda: der_softmoe.main(args))
+    args = tiny_args(der_softmoe, tmp_path, **breakout)
+    agents = record_calls(monkeypatch, der_softmoe.Agent, "__init__")
+    seen, expected, terminated, over = record_stacks(monkeypatch, lambda: der_softmoe.main(args))
     replay = agents[0][0][0].replay
     assert torch.equal(seen, expected)
     assert torch.equal(replay.observation(torch.arange(900)), seen[:, 0])
     np.testing.assert_array_equal(replay.terminated[:900], terminated[:, 0])
-    assert 4 <= 2 * over.sum() < terminated.sum() <= 5 * over.sum() + 4 and terminated[over].all()  # of five lives
+    assert 4 <= 2 * over.sum() < terminated.sum() <= 5 * over.sum() + 4 and terminated[over].all()  # five lives each
 
 
 def test_lost_lives_end_stacks_in_evaluation(tmp_path, monkeypatch):
-    args = tiny(der_softmoe, tmp_path, env_id="BreakoutNoFrameskip-v4", layer="dense", eval_episodes=3)
+    args = tiny_args(der_softmoe, tmp_path, env_id="BreakoutNoFrameskip-v4", layer="dense", eval_episodes=3)
     q_network, returns = der_softmoe.QNetwork(args, (4, 84, 84), 4), []
     evaluate = functools.partial(der_softmoe.evaluate, q_network, args, 1, threading.Event())
-    seen, expected, terminated, over = stacks_seen(monkeypatch, lambda: returns.extend(evaluate()))
+    seen, expected, terminated, over = record_stacks(monkeypatch, lambda: returns.extend(evaluate()))
     assert torch.equal(seen, expected) and len(returns) == 3
     assert 0 < 2 * over.sum() < terminated.sum() <= 5 * over.sum() + 12
 
 
-def test_evaluation_is_silent_deterministic_and_leaves_the_random_state_alone(tmp_path, monkeypatch):
-    """Every value that acted is the silent network's; the same seed plays the same games, whatever came before."""
-    args = tiny(rainbow_softmoe, tmp_path, eval_epsilon=0.3, eval_episodes=3)
+def test_evaluation_is_noiseless_deterministic_and_leaves_the_random_state_alone(tmp_path, monkeypatch):
+    """Actions follow the Q-values of the network without noise. A seed always plays the same games."""
+    args = tiny_args(rainbow_softmoe, tmp_path, eval_epsilon=0.3, eval_episodes=3)
     q_network = QNetwork(args, (4, 12, 12), A)
     fill_sigmas(q_network, 2.0)
-    plain = silent(q_network, args)
-    acted, chosen = spy(monkeypatch, q_network, "q_values"), spy(monkeypatch, rainbow_softmoe, "select_actions")
+    plain = without_noise(q_network, args)
+    acted = record_calls(monkeypatch, q_network, "q_values")
+    chosen = record_calls(monkeypatch, rainbow_softmoe, "select_actions")
 
     def play(seed):
         acted.clear(), chosen.clear()
@@ -462,9 +459,9 @@ def test_evaluation_is_silent_deterministic_and_leaves_the_random_state_alone(tm
     assert not torch.equal(start, other_start) and not torch.equal(actions, other_actions)
 
 
-def test_acting_is_noisy_in_training_and_silent_in_evaluation(tmp_path, monkeypatch):
-    """Values are asked for twice wherever a run acts: they differ in training, and agree in evaluation."""
-    args, original, noisy = tiny(rainbow_softmoe, tmp_path), QNetwork.q_values, []
+def test_acting_is_noisy_in_training_and_not_in_evaluation(tmp_path, monkeypatch):
+    """Two calls of `q_values` with the same observations differ in training and agree in evaluation."""
+    args, original, noisy = tiny_args(rainbow_softmoe, tmp_path), QNetwork.q_values, []
 
     def q_values(self, obs):
         first = original(self, obs)
@@ -482,12 +479,13 @@ EXPLORING = [(dqn_softmoe, None), (rainbow_softmoe, True), (rainbow_softmoe, Fal
 
 @pytest.mark.parametrize("script, noisy", EXPLORING)
 def test_epsilon_decays_and_is_zero_with_noise(script, noisy, tmp_path, monkeypatch):
-    """What acts in a run is what the log says; without noise 1 until learning starts, then linear to the end value."""
+    """A run acts with the epsilon that it logs. Without noise it is 1 until learning starts, then decays linearly."""
     settings = {} if noisy else {"end_epsilon": 0.2, "epsilon_decay_steps": 50}
     settings |= {} if noisy is None else {"noisy": noisy}
-    acted, logged = spy(monkeypatch, script, "select_actions"), spy(monkeypatch, script.RunLog, "update")
+    acted = record_calls(monkeypatch, script, "select_actions")
+    logged = record_calls(monkeypatch, script.RunLog, "update")
     monkeypatch.setattr(script, "LOG_EVERY", 20)
-    script.main(tiny(script, tmp_path, eval_episodes=0, **settings))
+    script.main(tiny_args(script, tmp_path, eval_episodes=0, **settings))
     steps = range(0, 120, 2)
     expected = [0.0 if noisy else 1 - 0.8 * min(max((step - 40) / 50, 0), 1) for step in steps]
     assert [inputs[1] for inputs, _ in acted] == pytest.approx(expected)
@@ -502,9 +500,11 @@ def test_epsilon_decays_and_is_zero_with_noise(script, noisy, tmp_path, monkeypa
 # --------------------------------------------------------------------------------------------------- augmentation
 
 
-def explain(obs, augmented, padding=4):
-    """(B, places) bool and (B, places): which of the (2 * padding + 1)^2 crops of the frames with repeated edges, times
-    one number per sample, give the sample; those numbers."""
+def match_crops(obs, augmented, padding=4):
+    """Compare every augmented sample with all (2 * padding + 1)^2 crops of its frames, whose edges are repeated.
+
+    Returns whether the sample is a multiple of the crop, and the factor, both (B, crops).
+    """
     H, W = obs.shape[2:]
     padded, matches, factors = F.pad(obs.float(), (padding,) * 4, mode="replicate"), [], []
     for y in range(2 * padding + 1):
@@ -516,14 +516,16 @@ def explain(obs, augmented, padding=4):
 
 
 def test_augmentation_is_one_shift_and_one_intensity_per_sample():
-    """All four frames of a stack alike: of the 81 crops exactly one explains a sample of random pixels, each is as
-    likely; intensities are 1 + 0.05 N(0, 1), clipped at two sigma: 2.28% at either end."""
+    """The frames of a stack get the same shift and the same intensity.
+
+    All 81 shifts are equally likely. Intensities are 1 + 0.05 N(0, 1), clipped at two sigma: 2.28% are at each end.
+    """
     obs = torch.randint(1, 256, (3000, 4, 5, 7), dtype=torch.uint8)
     before = obs.clone()
     augmented = der_softmoe.augment(obs)
     assert augmented.shape == obs.shape and augmented.dtype == torch.float32 and torch.equal(obs, before)
     assert not torch.equal(augmented, der_softmoe.augment(obs))
-    matches, factors = explain(obs, augmented)
+    matches, factors = match_crops(obs, augmented)
     assert (matches.sum(dim=1) == 1).all()
     counts, expected = matches.sum(dim=0).double(), 3000 / 81
     assert counts.min() > 0 and abs(((counts - expected).square() / expected).sum() - 80) < 5 * (2 * 80) ** 0.5
@@ -537,26 +539,26 @@ def test_augmentation_is_one_shift_and_one_intensity_per_sample():
 
 @pytest.mark.parametrize("size", [(3, 2), (1, 9), (84, 84)])
 def test_augmentation_of_frames_of_other_sizes(size):
-    """Also of frames smaller than the shift, where several places look alike."""
+    """Several crops may match if the frames are smaller than the shift."""
     obs = random_obs(8, size).clamp_min(1)
-    assert explain(obs, der_softmoe.augment(obs))[0].any(dim=1).all()
+    assert match_crops(obs, der_softmoe.augment(obs))[0].any(dim=1).all()
 
 
-def test_updates_see_augmented_frames_with_draws_of_their_own_for_obs_and_next_obs():
-    """Online network: obs, then next_obs for double selection; the target sees the same next_obs."""
+def test_obs_and_next_obs_are_augmented_independently():
+    """The online network sees obs, and next_obs to choose the actions. The target network sees the same next_obs."""
     args = der_softmoe.Args(**SMALL | {"augment": True, "layer": "dense"})
     online, target = random_table(args), random_table(args)
     obs, next_obs = random_obs(32).clamp_min(1).split(16)
     der_softmoe.td_loss(online, target, make_batch(der_softmoe, obs, next_obs), args)
     (first, second), (third,) = online.seen, target.seen
     assert torch.equal(second, third)
-    places = []
+    draws = []
     for raw, seen in ((obs, first), (next_obs, second)):
-        matches, factors = explain(raw, seen)
+        matches, factors = match_crops(raw, seen)
         assert (matches.sum(dim=1) == 1).all() and ((factors[matches] - 1).abs() > 1e-6).sum() >= 12
-        places.append((matches.long().argmax(dim=1), factors[matches]))
-    assert (places[0][0] != places[1][0]).sum() >= 12  # of 16, where one in 81 is the same by chance
-    assert ((places[0][1] - places[1][1]).abs() > 1e-6).sum() >= 12
+        draws.append((matches.long().argmax(dim=1), factors[matches]))
+    assert (draws[0][0] != draws[1][0]).sum() >= 12  # of 16 pairs of shifts, of which 1 in 81 agrees by chance
+    assert ((draws[0][1] - draws[1][1]).abs() > 1e-6).sum() >= 12
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -564,15 +566,13 @@ def test_updates_see_augmented_frames_with_draws_of_their_own_for_obs_and_next_o
 BAD_SUPPORTS = [{"num_atoms": 1}, {"num_atoms": 1001}, {"v_min": 10.0}, {"v_max": -10.0}, {"v_min": 3.0, "v_max": 2.0}]
 BAD_SUPPORTS += [{name: value} for name in ("v_min", "v_max") for value in (math.inf, -math.inf, math.nan)]
 BAD_SUPPORTS += [{"v_min": 0.0, "v_max": 1e-46}, {"v_min": 1e8, "v_max": 1e8 + 1}, {"v_max": 1e39}]  # not in float32
-
-
-BAD_SUPPORTS += [{"v_min": 1e6, "v_max": 1e6 + 10}, {"v_min": -1e6 - 10, "v_max": -1e6}]  # atoms 3 steps apart
+BAD_SUPPORTS += [{"v_min": 1e6, "v_max": 1e6 + 10}, {"v_min": -1e6 - 10, "v_max": -1e6}]  # atoms are 3 ulps apart
 GOOD_SUPPORTS = [(-10.0, 10.0, 1000), (-1e6, 1e6, 51), (0.0, 1e-3, 51), (990.0, 1000.0, 51), (-300.0, -20.0, 2)]
 
 
 @pytest.mark.parametrize("script", [rainbow_softmoe, der_softmoe, cql_softmoe])
 @pytest.mark.parametrize("overrides", BAD_SUPPORTS, ids=str)
-def test_supports_that_are_none_are_refused(script, overrides):
+def test_invalid_supports_are_refused(script, overrides):
     with pytest.raises(ValueError, match="--num-atoms" if "num_atoms" in overrides else "--v-m"):
         script.check_args(script.Args(**overrides))
 
@@ -587,13 +587,13 @@ def test_supports_that_float32_resolves_keep_the_mass(script, v_min, v_max, num_
     assert projected.sum().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_atoms_are_refused_where_there_are_none(script):
+def test_flags_of_atoms_are_refused_without_c51(script):
     for given in ({"num_atoms": 21}, {"v_min": -5.0}, {"v_max": 5.0}):
         with pytest.raises(ValueError, match=f"--{[*given][0].replace('_', '-')} .*--distributional"):
             script.check_args(script.Args(distributional=False, **given))
 
 
-def test_epsilon_s_arguments_are_refused_where_noise_explores():
+def test_flags_of_epsilon_are_refused_with_noise():
     for given in ({"end_epsilon": 0.05}, {"epsilon_decay_steps": 1000}):
         with pytest.raises(ValueError, match=f"--{[*given][0].replace('_', '-')} .*--no-noisy"):
             rainbow_softmoe.check_args(Args(**given))
@@ -618,6 +618,6 @@ DER |= {"epsilon_decay_steps": 2_000, "learning_rate": 1e-4, "learning_starts": 
 DER |= {"target_network_frequency": 2_000}
 
 
-def test_defaults_are_the_paper_s():
+def test_defaults_match_the_paper():
     assert vars(Args()).items() >= (SHARED | RAINBOW).items()
     assert vars(der_softmoe.Args()).items() >= (SHARED | DER).items()
