@@ -1,7 +1,7 @@
-"""Tests of moe_layers.py: the authors' golden numbers, slow oracles in plain loops, statistics, errors.
+"""Tests of moe_layers.py: the authors' golden numbers, slow oracles, initialisation, statistics, errors.
 
 Shapes: B batch, T tokens, D token dim, E experts, S slots per expert, H expert hidden, C/h/w feature map.
-An oracle is a float64 loop over samples, tokens, experts and slots, written from the formula and not from the library.
+An oracle loops over samples, tokens, experts and slots in float64. It is written from the formula, not from the layer.
 `tests/golden` holds inputs, weights and outputs of the authors' JAX layers (google/dopamine, labs/moes).
 """
 
@@ -48,7 +48,7 @@ def seed():
 
 @pytest.fixture
 def draws(monkeypatch):
-    """A list that fills with every tensor torch.randn and torch.randn_like return during the test, in order."""
+    """Return a list that collects every tensor that torch.randn and torch.randn_like return during the test."""
     recorded = []
 
     def recorder(original):
@@ -64,18 +64,18 @@ def draws(monkeypatch):
 
 
 def normal(*shape):
-    """Float64 inputs that the `draws` fixture does not see."""
+    """Return normal float64 inputs, which the `draws` fixture does not collect."""
     return torch.empty(shape, dtype=torch.float64).normal_()
 
 
 def randomise(module):
-    """A float64 module in evaluation mode whose every parameter is random, so that one that is left out shows."""
+    """Make every parameter random, so that an unused one is detected. Returns the module in float64, in eval mode."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module.double().eval()
 
 
-def small(layer_class, num_tokens=7, token_dim=5, num_experts=3, hidden_dim=6, **options):
+def small_layer(layer_class, num_tokens=7, token_dim=5, num_experts=3, hidden_dim=6, **options):
     return randomise(layer_class(num_tokens, token_dim, num_experts, hidden_dim, **options))
 
 
@@ -96,7 +96,7 @@ def assert_close(actual, expected, atol=1e-10, name="value"):
 
 
 def assert_same_output(actual, expected):
-    """Every field of two MoEOutputs agrees."""
+    """Check that two MoEOutputs agree in every field."""
     for name in Routing._fields:
         assert_close(getattr(actual.routing, name), getattr(expected.routing, name), name=name)
     assert_close(actual.hidden, expected.hidden, name="hidden")
@@ -116,13 +116,13 @@ def softmax(x):
 
 
 def noisy_weights(mean, bias, mean_sigma, bias_sigma, p, q):
-    """The noisy (in, out) matrix and (out,) bias of one sample (Fortunato et al., eq. 9-11)."""
+    """Return the noisy weights (in, out) and biases (out,) of one sample (Fortunato et al., eq. 9-11)."""
     noise = np.outer(signed_sqrt(p), signed_sqrt(q))
     return mean + mean_sigma * noise, bias + bias_sigma * signed_sqrt(q)
 
 
 def expert_oracle(x, weights, e, noise):
-    """(D,) -> (D,), (H,): expert e on one vector; `noise` is this sample's (p (D,), q (H,)), or None."""
+    """Apply expert e to one vector: (D,) -> (D,), (H,). `noise` is (p (D,), q (H,)) of the sample, or None."""
     w1, b1, w2, b2 = (weights[f"experts.{name}"][e] for name in ("w1", "b1", "w2", "b2"))
     if noise is not None:
         w1, b1 = noisy_weights(w1, b1, weights["experts.w1_sigma"][e], weights["experts.b1_sigma"][e], *noise)
@@ -131,16 +131,16 @@ def expert_oracle(x, weights, e, noise):
 
 
 def empty_output(layer, B):
-    """Zeros of an MoEOutput's shapes, as numpy arrays to fill."""
+    """Return an MoEOutput of NumPy arrays of zeros, for an oracle to fill."""
     T, D, E, S = layer.num_tokens, layer.token_dim, layer.num_experts, layer.num_slots
-    S = min(S, T) if isinstance(layer, ExpertChoiceMoE) else S  # an expert reads no token twice
+    S = min(S, T) if isinstance(layer, ExpertChoiceMoE) else S  # expert choice takes a token at most once per expert
     H = layer.experts.w1.shape[2]
     routing = [np.zeros((B, T, E, S)), np.zeros((B, T, E, S)), np.zeros((B, T, E)), np.zeros((B, T, E))]
     return MoEOutput(np.zeros((B, T, D)), Routing(*routing), np.zeros((B, E, S, H)))
 
 
 def soft_moe_oracle(layer, tokens, noise=None, phi=None):
-    """Soft MoE (2308.00951), algorithm 1, slot by slot. `noise`: (p, q) per sample; `phi`: (D, E, S) per sample."""
+    """Algorithm 1 of Soft MoE (2308.00951), slot by slot. `noise` has (p, q) per sample, `phi` (D, E, S) per sample."""
     weights, tokens = weights_of(layer), tokens.numpy()
     output = empty_output(layer, len(tokens))
     out, (dispatch, combine, router_logits, router_probs), hidden = output
@@ -167,7 +167,7 @@ def soft_moe_oracle(layer, tokens, noise=None, phi=None):
 
 
 def top1_oracle(layer, tokens, noise=None, router_noise=None):
-    """Switch routing, token by token: the best expert, a place in its queue while it has room, output times gate."""
+    """Switch routing, token by token. The best expert takes a token if it has room. Outputs are scaled by the gate."""
     weights, tokens = weights_of(layer), tokens.numpy()
     output = empty_output(layer, len(tokens))
     out, (dispatch, combine, router_logits, router_probs), hidden = output
@@ -190,7 +190,7 @@ def top1_oracle(layer, tokens, noise=None, router_noise=None):
 
 
 def expert_choice_oracle(layer, tokens, noise=None):
-    """Expert choice, expert by expert: the tokens most probable for it, the best one first; outputs times gates."""
+    """Expert choice, expert by expert. An expert takes its most probable tokens and scales outputs by the gates."""
     weights, tokens = weights_of(layer), tokens.numpy()
     output = empty_output(layer, len(tokens))
     out, (dispatch, combine, router_logits, router_probs), hidden = output
@@ -214,7 +214,7 @@ ORACLES = {SoftMoE: soft_moe_oracle, Top1MoE: top1_oracle, ExpertChoiceMoE: expe
 
 
 @pytest.mark.parametrize("layer_class, name", [(SoftMoE, "layer_softmoe_n4"), (Top1MoE, "layer_top1_n4")])
-def test_layers_reproduce_the_authors_outputs(layer_class, name):
+def test_layers_match_the_authors_outputs(layer_class, name):
     arrays = golden(name)
     E, D, H = arrays["w1"].shape
     layer = layer_class(arrays["tokens"].shape[1], D, E, H)
@@ -230,7 +230,7 @@ def test_layers_reproduce_the_authors_outputs(layer_class, name):
         assert routing.dispatch_weights.sum(dim=(2, 3)).flatten().long().bincount().tolist() == [12, 2 * 121 - 12]
 
 
-def test_losses_reproduce_the_authors_values():
+def test_losses_match_the_authors_values():
     arrays = golden("aux_losses")
     logits, noise_std = arrays["router_logits"], arrays["noise_std"].item()
     noisy_logits = logits + noise_std * arrays["unit_noise"]
@@ -247,7 +247,7 @@ def test_losses_reproduce_the_authors_values():
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 8])
 @pytest.mark.parametrize("layer_class", MOE_LAYERS)
 def test_layer_matches_its_oracle(layer_class, num_experts, capacity_factor, num_tokens):
-    layer = small(layer_class, num_tokens, num_experts=num_experts, capacity_factor=capacity_factor)
+    layer = small_layer(layer_class, num_tokens, num_experts=num_experts, capacity_factor=capacity_factor)
     tokens = normal(2, num_tokens, 5)
     assert layer.num_slots == -(-num_tokens * capacity_factor // num_experts)
     assert_same_output(layer(tokens), ORACLES[layer_class](layer, tokens))
@@ -255,7 +255,7 @@ def test_layer_matches_its_oracle(layer_class, num_experts, capacity_factor, num
 
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_normalized_soft_moe_matches_its_oracle_and_mixes_raw_tokens(num_experts):
-    layer, tokens = small(SoftMoE, num_experts=num_experts, normalize=True), normal(2, 7, 5) * 4
+    layer, tokens = small_layer(SoftMoE, num_experts=num_experts, normalize=True), normal(2, 7, 5) * 4
     nn.init.constant_(layer.scale, 2.5)
     assert_same_output(layer(tokens), soft_moe_oracle(layer, tokens))
     dispatch = layer(tokens).routing.dispatch_weights
@@ -264,7 +264,7 @@ def test_normalized_soft_moe_matches_its_oracle_and_mixes_raw_tokens(num_experts
 
 @pytest.mark.parametrize("training", [False, True])
 def test_unlearned_phi_is_drawn_for_every_sample_and_forward(training, draws):
-    layer, tokens = small(SoftMoE, learned_phi=False, normalize=True).train(training), normal(2, 7, 5)
+    layer, tokens = small_layer(SoftMoE, learned_phi=False, normalize=True).train(training), normal(2, 7, 5)
     outputs = layer(tokens), layer(tokens)
     assert len(draws) == 2
     for output, phi in zip(outputs, draws, strict=True):
@@ -272,8 +272,8 @@ def test_unlearned_phi_is_drawn_for_every_sample_and_forward(training, draws):
         assert_same_output(output, soft_moe_oracle(layer, tokens, phi=phi))
 
 
-def test_top1_keeps_tokens_in_their_order_until_an_expert_is_full_in_each_sample():
-    layer, tokens = small(Top1MoE, num_experts=2), normal(2, 7, 5)
+def test_top1_takes_tokens_in_order_until_an_expert_is_full_in_each_sample():
+    layer, tokens = small_layer(Top1MoE, num_experts=2), normal(2, 7, 5)
     nn.init.zeros_(layer.router.weight)
     layer.router.weight.data[1, 0] = 3.0  # tokens with a positive first entry go to expert 1
     tokens[0, :, 0], tokens[1, :, 0] = torch.arange(1, 8), torch.tensor([0.5, -1, -1, -1, 1, 1, 1])
@@ -287,21 +287,21 @@ def test_top1_keeps_tokens_in_their_order_until_an_expert_is_full_in_each_sample
 
 
 def test_top1_router_noise_acts_in_training_mode_only(draws):
-    layer, tokens = small(Top1MoE, router_noise_std=0.7), normal(2, 7, 5)
+    layer, tokens = small_layer(Top1MoE, router_noise_std=0.7), normal(2, 7, 5)
     assert_same_output(layer(tokens), top1_oracle(layer, tokens))
     assert not draws
-    loud = layer.train()(tokens)
+    noisy = layer.train()(tokens)
     (noise,) = draws
-    assert_same_output(loud, top1_oracle(layer, tokens, router_noise=0.7 * noise.numpy()))
+    assert_same_output(noisy, top1_oracle(layer, tokens, router_noise=0.7 * noise.numpy()))
     layer.router_noise_std = 0.0
     assert_same_output(layer(tokens), top1_oracle(layer, tokens))
     assert len(draws) == 1
 
 
 @pytest.mark.parametrize("layer_class", MOE_LAYERS)
-def test_noisy_experts_match_the_oracle_and_are_silent_in_evaluation_mode(layer_class, draws):
-    """One draw (p, q) for every sample, which its experts and slots share."""
-    layer, tokens = small(layer_class, noisy=True), normal(2, 7, 5)
+def test_noisy_experts_match_the_oracle_and_have_no_noise_in_evaluation_mode(layer_class, draws):
+    """The experts and slots of a sample share one draw (p, q)."""
+    layer, tokens = small_layer(layer_class, noisy=True), normal(2, 7, 5)
     assert_same_output(layer(tokens), ORACLES[layer_class](layer, tokens))
     assert not draws
     output = layer.train()(tokens)
@@ -310,7 +310,7 @@ def test_noisy_experts_match_the_oracle_and_are_silent_in_evaluation_mode(layer_
     assert_same_output(output, ORACLES[layer_class](layer, tokens, noise=noise))
 
 
-def test_noisy_linear_matches_its_oracle_and_is_silent_in_evaluation_mode(draws):
+def test_noisy_linear_matches_its_oracle_and_has_no_noise_in_evaluation_mode(draws):
     layer, x = randomise(NoisyLinear(5, 3)), normal(4, 5)
     assert_close(layer(x), torch.stack([layer.weight @ sample + layer.bias for sample in x]))
     assert not draws
@@ -349,11 +349,11 @@ def test_tokenized_layer_sums_over_tokens_that_share_their_noise(draws):
 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("num_tokens, num_slots", [(48, 16), (29, 9)])
-def test_big_experts_are_encoders_of_their_own_on_images_of_slots(num_tokens, num_slots, noisy):
+def test_big_experts_apply_their_own_encoders_to_images_of_slots(num_tokens, num_slots, noisy):
     def make_encoder():
         return nn.Sequential(nn.Conv2d(5, 2, 2, padding=1), nn.ReLU(), nn.Conv2d(2, 4, 3, stride=2))
 
-    layer = small(SoftMoE, num_tokens, make_encoder=make_encoder, noisy=noisy, normalize=True)
+    layer = small_layer(SoftMoE, num_tokens, make_encoder=make_encoder, noisy=noisy, normalize=True)
     assert isinstance(layer.experts, BigExperts) and layer.num_slots == num_slots
     tokens = normal(2, num_tokens, 5)
     output, side = layer(tokens), math.isqrt(num_slots)
@@ -373,7 +373,7 @@ def test_big_experts_are_encoders_of_their_own_on_images_of_slots(num_tokens, nu
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def test_shuffled_tokens_are_the_features_in_other_places_always_the_same():
+def test_shuffled_tokens_are_the_features_in_one_fixed_permutation():
     features, tokenizer = torch.arange(2 * 3 * 20.0).view(2, 3, 4, 5), ShuffledTokenizer((3, 4, 5))
     tokens, places = tokenizer(features), tokenizer.permutation
     for b, c, y, x in np.ndindex(features.shape):
@@ -436,7 +436,7 @@ def test_parameters_have_the_documented_names_and_shapes(layer, expected):
 
 
 def assert_truncated_normal(weight, std):
-    """Of the given std after a cut at two sigma: no entry beyond the cut, some close to it."""
+    """Check for a normal that is truncated at two sigma. `std` is its standard deviation after the truncation."""
     cut = 2 * std / 0.87962566103423978
     assert weight.std().item() == pytest.approx(std, rel=0.04)
     assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel())
@@ -450,7 +450,7 @@ def assert_uniform(weight, bound):
 
 
 @torch.no_grad()
-def test_parameters_start_as_the_authors_do():
+def test_initial_parameters_match_the_authors():
     for num_experts in (1, 8):  # the fan-in of phi is experts * token dim
         soft = SoftMoE(121, 64, num_experts, 4)
         assert_truncated_normal(soft.phi, (num_experts * 64) ** -0.5)
@@ -462,12 +462,12 @@ def test_parameters_start_as_the_authors_do():
     assert not embedding.bias.any() and not linear.bias.any()
     for layer_class in MOE_LAYERS:
         experts = layer_class(121, 48, 8, 96).experts
-        for weight in (experts.w1, experts.w2):  # Xavier-uniform, each expert on its own
+        for weight in (experts.w1, experts.w2):  # Xavier uniform, drawn for each expert on its own
             for expert in weight:
                 assert_uniform(expert, math.sqrt(6 / (48 + 96)))
             assert len({expert.sum().item() for expert in weight}) == 8
         assert not experts.b1.any() and not experts.b2.any()
-        experts = layer_class(121, 48, 8, 512, noisy=True).experts  # the first layer noisy, the second not
+        experts = layer_class(121, 48, 8, 512, noisy=True).experts  # only the first layer is noisy
         assert_uniform(experts.w1, 48**-0.5)
         assert_uniform(experts.b1, 48**-0.5)
         assert_uniform(experts.w2, math.sqrt(6 / (48 + 512)))
@@ -483,7 +483,7 @@ def test_parameters_start_as_the_authors_do():
 
 
 @pytest.mark.parametrize("layer_class", MOE_LAYERS)
-def test_outputs_are_as_documented_and_the_layer_keeps_nothing(layer_class):
+def test_outputs_are_as_documented_and_forward_changes_no_state(layer_class):
     assert MoEOutput._fields == ("tokens", "routing", "hidden")
     assert Routing._fields == ("dispatch_weights", "combine_weights", "router_logits", "router_probs")
     layer = layer_class(7, 5, 3, 6, noisy=True)
@@ -504,7 +504,7 @@ def test_outputs_are_as_documented_and_the_layer_keeps_nothing(layer_class):
 @pytest.mark.parametrize("layer_class", MOE_LAYERS)
 def test_gradients_match_finite_differences(layer_class, options):
     options = options if layer_class is SoftMoE else {"capacity_factor": options.get("capacity_factor", 1.0)}
-    layer, tokens = small(layer_class, 3, 2, 2, 3, **options), normal(2, 3, 2).requires_grad_()
+    layer, tokens = small_layer(layer_class, 3, 2, 2, 3, **options), normal(2, 3, 2).requires_grad_()
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def forward(tokens, *parameters):
@@ -515,7 +515,7 @@ def test_gradients_match_finite_differences(layer_class, options):
 
 
 def test_zero_tokens_and_huge_logits_stay_finite():
-    layer, tokens = small(SoftMoE, normalize=True), torch.zeros(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    layer, tokens = small_layer(SoftMoE, normalize=True), torch.zeros(2, 7, 5, dtype=torch.float64, requires_grad=True)
     layer(tokens).tokens.sum().backward()
     assert tokens.grad.isfinite().all() and layer.phi.grad.isfinite().all()
     for layer_class in MOE_LAYERS:
@@ -533,17 +533,17 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("layer_class, options", OPTIONS)
-def test_everything_runs_without_data_on_the_device_of_its_input(layer_class, options):
-    """Meta tensors have no data: what waits for the device, or has a shape that depends on data, cannot run."""
-    for refused in (lambda x: x.item(), torch.nonzero, lambda x: x[x > 0]):
+def test_everything_runs_on_the_meta_device(layer_class, options):
+    """Meta tensors have no data. Code that waits for the device or has a data-dependent shape raises on them."""
+    for function in (lambda x: x.item(), torch.nonzero, lambda x: x[x > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
-            refused(torch.ones((), device="meta"))
+            function(torch.ones((), device="meta"))
     output = layer_class(7, 5, 3, 6, **options).to("meta")(torch.zeros(2, 7, 5, device="meta"))
     loss = load_balancing_loss(output, "importance+load", 1.0, 1.0)
     (output.tokens.sum() + loss).backward()
     dormant = [dormant_fraction(output.hidden, 0.1), dormant_fraction(output.hidden.flatten(0, 2))]
-    rest = [loss, entropy_loss(output.routing.router_probs), *routing_stats(output).values(), *dormant]
-    assert {x.device.type for x in [*tree_leaves(output), *rest]} == {"meta"} and {x.shape for x in rest} == {()}
+    scalars = [loss, entropy_loss(output.routing.router_probs), *routing_stats(output).values(), *dormant]
+    assert {x.device.type for x in [*tree_leaves(output), *scalars]} == {"meta"} and {x.shape for x in scalars} == {()}
     for module, shape in ((NoisyLinear(6, 3), (2, 6)), (DenseLayer(6, 3), (2, 6)), (PatchTokenizer(6), (2, 6, 3, 3))):
         module.to("meta")(torch.zeros(shape, device="meta")).sum().backward()
 
@@ -559,7 +559,7 @@ def test_number_of_operations_does_not_grow_with_batch_tokens_experts_or_slots(l
     assert len(counts) == 1
 
 
-def test_no_weights_are_made_per_sample():
+def test_no_operation_makes_noisy_weights_for_every_sample():
     layers = NoisyLinear(100, 80), SoftMoE(6, 40, 2, 50, noisy=True), Top1MoE(6, 40, 2, 50, noisy=True)
     for layer, shape in zip(layers, [(9, 100), (9, 6, 40), (9, 6, 40)], strict=True):
         with Operations() as operations, torch.no_grad():
@@ -579,7 +579,7 @@ def importance_oracle(probs):
 
 
 def load_oracle(logits, noisy_logits, noise_std):
-    """P(logit + noise_std * N(0, 1) > the highest noisy logit), averaged over the tokens of an expert."""
+    """An expert's load is P(logit + noise_std * N(0, 1) > the highest noisy logit), averaged over the tokens."""
     losses, cdf = [], np.vectorize(statistics.NormalDist().cdf)
     for clean, noisy in zip(logits, noisy_logits, strict=True):
         wins = [cdf((x - max(y)) / noise_std) for x, y in zip(clean, noisy, strict=True)]
@@ -611,8 +611,8 @@ def test_losses_match_their_oracles_and_finite_differences(num_experts):
 
 
 @pytest.mark.parametrize("losses", ["importance", "load", "importance+load"])
-def test_load_balancing_loss_is_the_weighted_sum_with_noise_of_one_over_experts(losses, draws):
-    output = small(Top1MoE)(normal(2, 7, 5))
+def test_load_balancing_loss_is_a_weighted_sum_with_noise_of_std_one_over_experts(losses, draws):
+    output = small_layer(Top1MoE)(normal(2, 7, 5))
     loss, logits = load_balancing_loss(output, losses, 2.0, 3.0), output.routing.router_logits
     expected = 2 * importance_loss(logits.softmax(2)) if "importance" in losses else 0
     assert len(draws) == ("load" in losses)
@@ -634,7 +634,7 @@ def test_losses_are_zero_for_balanced_experts_and_largest_when_one_takes_all():
 
 
 def stats_of(*, router_probs=None, combine_weights=None, hidden=None):
-    """Statistics of an MoEOutput made by hand for two experts; what is not given is all ones."""
+    """Return the statistics of a handmade MoEOutput for two experts. Fields that are not given are all ones."""
     combine_weights = torch.ones(1, 2, 2, 1) if combine_weights is None else torch.tensor(combine_weights)
     B, T, E, S = combine_weights.shape
     router_probs = torch.ones(B, T, E) if router_probs is None else torch.tensor(router_probs)
@@ -647,7 +647,7 @@ def stats_of(*, router_probs=None, combine_weights=None, hidden=None):
 @pytest.mark.parametrize("layer_class", MOE_LAYERS)
 @pytest.mark.parametrize("num_experts, capacity_factor", [(1, 1.0), (3, 0.25), (3, 1.0), (3, 2.0)])
 def test_routing_stats_are_scalar_tensors_with_the_documented_keys(layer_class, num_experts, capacity_factor):
-    output = small(layer_class, num_experts=num_experts, capacity_factor=capacity_factor)(normal(4, 7, 5))
+    output = small_layer(layer_class, num_experts=num_experts, capacity_factor=capacity_factor)(normal(4, 7, 5))
     stats = routing_stats(output)
     loads = [f"expert_load/{e}" for e in range(num_experts)]
     dormant = [f"dormant_fraction/{e}" for e in range(num_experts)]
@@ -660,11 +660,11 @@ def test_routing_stats_are_scalar_tensors_with_the_documented_keys(layer_class, 
     assert sum(stats[name].item() for name in loads) == pytest.approx(1 - dropped)
 
 
-HALF, SURE, MIXED = [0.5, 0.5], [0.0, 1.0], [0.25, 0.75]
-ENTROPIES = [([HALF, HALF], 1), ([SURE, SURE], 0), ([HALF, SURE], 0.5), ([MIXED, MIXED], 2 - 0.75 * math.log2(3))]
+EVEN, SURE, MIXED = [0.5, 0.5], [0.0, 1.0], [0.25, 0.75]
+ENTROPIES = [([EVEN, EVEN], 1), ([SURE, SURE], 0), ([EVEN, SURE], 0.5), ([MIXED, MIXED], 2 - 0.75 * math.log2(3))]
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.1])  # Soft MoE's averaged combine weights sum to 1/S
+@pytest.mark.parametrize("scale", [1.0, 0.1])  # Soft MoE's averaged combine weights sum to 1/S, not to 1
 @pytest.mark.parametrize("probs, entropy", ENTROPIES)
 def test_router_entropy_of_handmade_probabilities(probs, entropy, scale):
     probs = [[[scale * prob for prob in token] for token in probs]]
@@ -681,7 +681,7 @@ def test_expert_load_counts_tokens_in_sparse_and_combine_weights_in_soft_routing
 
 
 def test_dormant_units_are_counted_per_expert():
-    """Two samples, two experts, three units: 0 is dead in expert 0 alone, 1 in both, 2 in neither."""
+    """Of the three units, 0 is dead in expert 0 alone, 1 in both experts, and 2 in neither."""
     hidden = [[[[0.0, 0.0, 1.0]], [[2.0, 0.0, 0.0]]], [[[0.0, 0.0, 0.0]], [[0.0, 0.0, 3.0]]]]
     stats = stats_of(hidden=hidden)
     assert [stats[f"dormant_fraction{e}"] for e in ("/0", "/1", "")] == pytest.approx([2 / 3, 1 / 3, 1 / 2])
@@ -694,9 +694,9 @@ def test_dormant_units_are_counted_per_expert():
 
 @pytest.mark.parametrize("tau, expected", [(0.0, 0.25), (0.4, 0.25), (0.5, 0.5), (1.0, 0.75), (2.5, 1.0)])
 def test_dormant_fraction_compares_scores_with_tau_times_the_mean_of_the_whole_layer(tau, expected):
-    hidden = torch.tensor([[0.0, 1, 2, 1], [0, -1, 2, 9]], requires_grad=True)  # mean |h|: 0, 1, 2, 5, and 2 of all
+    hidden = torch.tensor([[0.0, 1, 2, 1], [0, -1, 2, 9]], requires_grad=True)  # mean |h| is 0, 1, 2, 5, and 2 overall
     assert dormant_fraction(hidden, tau).item() == expected
-    assert dormant_fraction(hidden.view(2, 4, 1, 1), tau).item() == expected  # an expert each
+    assert dormant_fraction(hidden.view(2, 4, 1, 1), tau).item() == expected  # one unit per expert
     assert dormant_fraction(torch.zeros(2, 3, 1, 4), tau).item() == 1
 
 
@@ -730,6 +730,6 @@ ERRORS += [(lambda: DenseLayer(-1, 3), "in_features"), (lambda: DenseLayer(3, 0)
 
 
 @pytest.mark.parametrize("call, words", ERRORS)
-def test_what_cannot_be_is_refused(call, words):
+def test_invalid_arguments_and_inputs_are_rejected(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -57,7 +57,7 @@ def test_q_values_loss_and_gradients_match_the_authors(name, encoder, layer):
     assert not missing
     torch.testing.assert_close(q_network(data["obs"])[0], data["q_values"], rtol=0, atol=1e-5)
     torch.testing.assert_close(q_network.q_values(data["obs"]), data["q_values"], rtol=0, atol=1e-5)
-    zeros, obs = torch.zeros(3), data["obs"]  # with discount 0 the target is the reward
+    zeros, obs = torch.zeros(3), data["obs"]  # a discount of 0 makes the reward the target
     batch = Batch(obs, data["actions"].long(), data["target"], zeros, obs, zeros)
     loss, metrics, _ = td_loss(q_network, q_network, batch, args)
     loss.backward()

@@ -565,7 +565,7 @@ def test_obs_and_next_obs_are_augmented_independently():
 
 BAD_SUPPORTS = [{"num_atoms": 1}, {"num_atoms": 1001}, {"v_min": 10.0}, {"v_max": -10.0}, {"v_min": 3.0, "v_max": 2.0}]
 BAD_SUPPORTS += [{name: value} for name in ("v_min", "v_max") for value in (math.inf, -math.inf, math.nan)]
-BAD_SUPPORTS += [{"v_min": 0.0, "v_max": 1e-46}, {"v_min": 1e8, "v_max": 1e8 + 1}, {"v_max": 1e39}]  # not in float32
+BAD_SUPPORTS += [{"v_min": 0.0, "v_max": 1e-46}, {"v_min": 1e8, "v_max": 1e8 + 1}, {"v_max": 1e39}]  # beyond float32
 BAD_SUPPORTS += [{"v_min": 1e6, "v_max": 1e6 + 10}, {"v_min": -1e6 - 10, "v_max": -1e6}]  # atoms are 3 ulps apart
 GOOD_SUPPORTS = [(-10.0, 10.0, 1000), (-1e6, 1e6, 51), (0.0, 1e-3, 51), (990.0, 1000.0, 51), (-300.0, -20.0, 2)]
 
