@@ -1,4 +1,4 @@
-"""Whole runs: learning, determinism, being killed or stopped and resumed, what a run leaves behind."""
+"""Tests of whole training runs: learning, output files, signals, and resuming after a kill bit for bit."""
 
 import json
 import os
@@ -34,7 +34,7 @@ import der_softmoe
 import dqn_softmoe
 import rainbow_softmoe
 
-# What each agent needs to learn the pixel game, beside `quick`: four balls are 4, standing still is -2.7.
+# Arguments with which each agent learns the pixel game. The best return is 4, and standing still gets about -2.7.
 DQN = {"learning_rate": 2e-3, "expert_hidden_dim": 64, "num_experts": 4, "eval_episodes": 20, "buffer_size": 10_000}
 DQN |= {"total_timesteps": 3_600, "learning_starts": 500, "epsilon_decay_steps": 600, "num_envs": 8, "batch_size": 128}
 DQN |= {"target_network_frequency": 50, "gamma": 0.9}
@@ -53,8 +53,8 @@ def test_learns_the_pixel_game(agent, settings, quick_args):
     agent.main(args)
     returns = [float(row["episode_return"]) for row in read_csv(only_run(args.runs_dir) / "episodes.csv")]
     result = json.loads((only_run(args.runs_dir) / "eval.json").read_text())["mean_return"]
-    assert result >= 2.8  # 3.6 to 4.0 over seeds 2 to 5
-    assert np.mean(returns[-20:]) >= 2  # 3.0 to 4.0 over seeds 2 to 5
+    assert result >= 2.8  # seeds 2 to 5 reach 3.6 to 4.0
+    assert np.mean(returns[-20:]) >= 2  # seeds 2 to 5 reach 3.0 to 4.0
 
 
 def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
     episodes, metrics = read_csv(run_dir / "episodes.csv"), read_csv(run_dir / "metrics.csv")
     assert {int(row["episode_length"]) for row in episodes} == {20}
     assert [(int(row["iteration"]), int(row["global_step"])) for row in metrics] == [(0, 200), (1, 400), (2, 600)]
-    for row in metrics:  # the paper's score: mean return of the episodes that ended in the iteration
+    for row in metrics:  # the paper's score is the mean return of the episodes that ended in the iteration
         end = int(row["global_step"])
         ended = [float(e["episode_return"]) for e in episodes if end - 200 < int(e["global_step"]) <= end]
         assert int(row["episodes"]) == len(ended) and float(row["sps"]) > 0
@@ -87,7 +87,7 @@ def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
 
 
 def scalars(run_dir) -> dict[str, list[int]]:
-    """TensorBoard's curves: at which steps each has points."""
+    """Return the steps at which each TensorBoard scalar was logged, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir))
@@ -95,7 +95,7 @@ def scalars(run_dir) -> dict[str, list[int]]:
     return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-# Flags beyond DQN's, with a value that must change what a run learns.
+# Flags that DQN does not have, with values that must change what a run learns.
 FLAGS = {"num_atoms": 21, "v_min": -5.0, "v_max": 5.0, "n_step": 1}
 FLAGS |= {"double": False, "dueling": False, "noisy": False, "prioritized": False}
 OWN_FLAGS = [("rainbow_softmoe", FLAGS), ("der_softmoe", {"augment": True})]
@@ -104,7 +104,7 @@ OWN_FLAGS = [("rainbow_softmoe", FLAGS), ("der_softmoe", {"augment": True})]
 @pytest.mark.parametrize("agent, flags", OWN_FLAGS, indirect=["agent"])
 def test_each_flag_of_rainbow_changes_the_run(agent, flags, quick_args):
     weights = {}
-    for name, value in ({"eval_episodes": 0} | flags).items():
+    for name, value in ({"eval_episodes": 0} | flags).items():  # the first run is the default
         args = quick_args(total_timesteps=64, learning_starts=48, eval_episodes=0, run_name=name)
         agent.main(replace(args, **{name: value}))
         weights[name] = torch.load(Path(args.runs_dir) / name / "weights.pt", weights_only=True)
@@ -114,7 +114,7 @@ def test_each_flag_of_rainbow_changes_the_run(agent, flags, quick_args):
 
 # ---------------------------------------------------------------------------------------------- killed and resumed
 def signal_at(agent, call: int, name: str = "SIGKILL") -> None:
-    """Let this process get a signal as the environments are to step for that time."""
+    """Send a signal to this process just before the environments step for the `call`-th time."""
     at_call(agent.Environments, "send", [call], lambda: os.kill(os.getpid(), getattr(signal, name)))
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quic
     rng = np.random.default_rng()
 
     def killed(rounds: int, delay: float):
-        """By an alarm, anywhere in the milliseconds after so many of the 300 rounds."""
+        """Run until SIGALRM kills the process, `delay` seconds after the start of round `rounds` (of 300 in a run)."""
         at_call(agent.Environments, "send", [rounds], lambda: signal.setitimer(signal.ITIMER_REAL, delay))
         agent.main(replace(args, run_name="killed", resume="auto"))
 
@@ -136,7 +136,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quic
 
 
 def test_a_run_killed_at_any_of_its_writes_equals_an_unbroken_one(tmp_path):
-    """Before each file gets its name: configuration, two records, two checkpoints, weights, evaluation, the end."""
+    """The kill comes before each rename: config.json, 2 records, 2 checkpoints, weights.pt, eval.json, config.json."""
     args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), checkpoint_every=200, total_timesteps=400))
 
     def run(name: str, write: int):
@@ -155,7 +155,7 @@ def test_a_run_killed_at_any_of_its_writes_equals_an_unbroken_one(tmp_path):
 
 
 def test_a_killed_run_of_atari_equals_an_unbroken_one(tmp_path):
-    """Sticky actions, lost lives, games that end or are cut before and after a checkpoint, a ring that overwrites."""
+    """The run has sticky actions, lost lives, games that end or are cut around a checkpoint, and a ring that wraps."""
     settings = {"env_id": "BreakoutNoFrameskip-v4", "total_timesteps": 1200, "checkpoint_every": 500, "num_envs": 2}
     settings |= {"learning_starts": 400, "replay_ratio": 0.1, "buffer_size": 800, "batch_size": 4, "num_atoms": 5}
     settings |= {"sticky_actions": 0.25, "noisy": False, "eval_episodes": 1, "runs_dir": str(tmp_path)}
@@ -178,7 +178,7 @@ def test_a_killed_run_of_atari_equals_an_unbroken_one(tmp_path):
     assert replay["terminated"].sum() > 8 and replay["truncated"].sum() > 2 * 3
 
 
-def test_a_finished_run_goes_on_to_the_bit(tmp_path):
+def test_a_finished_run_that_goes_on_equals_a_longer_run(tmp_path):
     args = rainbow_softmoe.Args(**quick(runs_dir=str(tmp_path), checkpoint_every=300))
     rainbow_softmoe.main(replace(args, run_name="whole"))
     rainbow_softmoe.main(replace(args, run_name="half", total_timesteps=300))
@@ -187,19 +187,19 @@ def test_a_finished_run_goes_on_to_the_bit(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- resume auto
-def words(**settings) -> list[str]:
-    """The command line of a quick run."""
+def flags_of_quick_run(**settings) -> list[str]:
+    """Return the flags of a quick run, as words of a command line."""
     given = quick(**settings)
     given = {f"--{'no-' * (value is False)}{name.replace('_', '-')}": value for name, value in given.items()}
     return [word for name, value in given.items() for word in (name, *([] if value is False else [str(value)]))]
 
 
-def test_resume_auto_starts_continues_and_leaves_alone(tmp_path, monkeypatch):
+def test_resume_auto_starts_continues_and_leaves_a_finished_run_alone(tmp_path, monkeypatch):
     def run(*more: str) -> tuple:
         monkeypatch.setattr(sys, "argv", ["dqn_softmoe.py", *line, *more])
         return Child(tmp_path.parent, lambda: dqn_softmoe.main(dqn_softmoe.parse_args())).wait()
 
-    line = words(runs_dir=tmp_path, checkpoint_every=200, resume="auto")
+    line = flags_of_quick_run(runs_dir=tmp_path, checkpoint_every=200, resume="auto")
     started = run()
     (run_dir,) = tmp_path.iterdir()
     assert started[0] == 0 and run_dir.name == "pixel_game-PixelCatch-v0__dqn_softmoe2__seed1"
@@ -207,10 +207,10 @@ def test_resume_auto_starts_continues_and_leaves_alone(tmp_path, monkeypatch):
     assert run() == (0, f"{run_dir} is finished\n", "") and run("--total-timesteps", "400")[0] == 0
     assert files(run_dir) == before
     assert run("--total-timesteps", "700")[0] == 0 and checkpoint(run_dir)["progress"]["global_step"] == 700
-    assert run("--seed", "2")[0] == 0 and len(list(tmp_path.iterdir())) == 2  # another name, another run
+    assert run("--seed", "2")[0] == 0 and len(list(tmp_path.iterdir())) == 2  # the seed is part of the run's name
 
 
-def test_a_resumed_run_has_the_same_returns(tmp_path):
+def test_a_resumed_log_has_the_same_returns(tmp_path):
     args = dqn_softmoe.Args(**quick())
     first = dqn_softmoe.RunLog(tmp_path, args, {"global_step": 0})
     first.new_games()
@@ -219,7 +219,7 @@ def test_a_resumed_run_has_the_same_returns(tmp_path):
     assert second.returns == first.returns == [1 / 3] * args.num_envs
 
 
-def test_records_start_anew_where_a_run_died_before_its_first_checkpoint(tmp_path):
+def test_records_start_anew_if_a_run_died_before_its_first_checkpoint(tmp_path):
     args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
 
     def die():
@@ -240,7 +240,7 @@ def test_a_run_without_a_checkpoint_at_the_end(tmp_path, capsys):
     before = files(tmp_path)
     assert {Path(name).name for name in before} >= {"weights.pt", "eval.json", "episodes.csv", "metrics.csv"}
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    dqn_softmoe.main(args)  # left alone
+    dqn_softmoe.main(args)  # does nothing
     for resume in ("auto", str(tmp_path / "run")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -280,7 +280,7 @@ def test_a_signal_in_the_evaluation(tmp_path):
     args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
 
     def interrupted():
-        signal_at(dqn_softmoe, 155, "SIGTERM")
+        signal_at(dqn_softmoe, 155, "SIGTERM")  # training has 150 rounds
         dqn_softmoe.main(args)
 
     code, out, _ = Child(tmp_path.parent, interrupted).wait()
@@ -318,12 +318,12 @@ def test_evaluation_plays_each_game_once_and_leaves_no_trace(agent, quick_args):
 # ---------------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("name, encoding, flags", [(AGENTS[1], "ascii", ["-OO"]), (AGENTS[2], "latin-1", [])])
 def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding, flags):
-    """DQN's does so below."""
+    """The next test runs a copy of dqn_softmoe.py."""
     for file in (f"{name}.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
         shutil.copy(ROOT / file, tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
-    command = [sys.executable, *flags, f"{name}.py", *words(total_timesteps=300)]
+    command = [sys.executable, *flags, f"{name}.py", *flags_of_quick_run(total_timesteps=300)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0 and notes(done.stderr) == [], done.stderr
     assert done.stdout.startswith(f"{name}.py: pixel_game:PixelCatch-v0")
@@ -332,14 +332,14 @@ def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding
 
 
 def test_the_printed_command_continues_a_run_that_a_signal_stopped(tmp_path):
-    """Through a shell, with a space in each path, the script called from another folder."""
+    """A shell runs the command. Every path has a space, and the script is started from another folder."""
     folder, elsewhere = tmp_path / "my scripts", tmp_path / "else where"
     elsewhere.mkdir()
     folder.mkdir()
     for file in ("dqn_softmoe.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
         shutil.copy(ROOT / file, folder)
-    line = words(runs_dir="its runs", total_timesteps=100_000)
-    command = [sys.executable, "../my scripts/dqn_softmoe.py", *line]
+    flags = flags_of_quick_run(runs_dir="its runs", total_timesteps=100_000)
+    command = [sys.executable, "../my scripts/dqn_softmoe.py", *flags]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": elsewhere, "env": environment}
     run = subprocess.Popen(command, **pipes)
