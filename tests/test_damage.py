@@ -1,6 +1,6 @@
-"""Damage from outside: changed bytes, lost files and directories, bad data, two starts at once.
+"""Tests of damaged files, lost files, bad data and simultaneous starts, and of unusual episodes and rewards.
 
-What is damaged is refused in one line and stays as it was; what is lost is said in a warning; nothing passes silently.
+A damaged checkpoint or data file is refused in one line and left as it was. Damaged records are written anew.
 """
 
 import gc
@@ -36,7 +36,7 @@ OFFLINE = {"total_updates": 4, "iteration_updates": 2, "checkpoint_every": 2, "e
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Segments of a run that learned nothing."""
+    """The replay folder of a run that made no updates."""
     folder = tmp_path_factory.mktemp("data")
     settings = {"total_timesteps": 200, "checkpoint_every": 80, "learning_starts": 200, "save_replay": True}
     dqn_softmoe.main(dqn_softmoe.Args(**quick(runs_dir=str(folder), run_name="run", eval_episodes=0, **settings)))
@@ -50,7 +50,7 @@ def script(request):
 
 @pytest.fixture
 def args(script, tmp_path, data):
-    """Args of a run in tmp_path / "run": two iterations, two checkpoints, a fraction of a second."""
+    """Args of a run in tmp_path / "run" with two iterations and two checkpoints. It takes less than a second."""
     names = {"runs_dir": str(tmp_path), "run_name": "run", "resume": "auto", "batch_size": 4, "expert_hidden_dim": 4}
     if script is cql_softmoe:
         game = {name: quick()[name] for name in ("env_id", "encoder", "num_experts", "cuda")}
@@ -58,8 +58,8 @@ def args(script, tmp_path, data):
     return script.Args(**quick(**names, **ONLINE))
 
 
-def longer(args, iterations: int):
-    """The same for so many iterations in all."""
+def with_iterations(args, iterations: int):
+    """Return `args` with the length of the run set to so many iterations."""
     if isinstance(args, cql_softmoe.Args):
         return replace(args, total_updates=2 * iterations)
     return replace(args, total_timesteps=64 * iterations)
@@ -67,10 +67,10 @@ def longer(args, iterations: int):
 
 @pytest.fixture
 def refused(capsys):
-    """The one line in which a call is refused, with exit code 2."""
+    """Return a function that makes a call, which must exit with code 2 and one error line, and returns that line."""
 
     def call(function, *arguments) -> str:
-        gc.collect()  # the lock of a run that failed before
+        gc.collect()  # release the lock of an earlier run that failed
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop, dqn_softmoe.one_line_errors(Exception):
             function(*arguments)
@@ -81,52 +81,48 @@ def refused(capsys):
     return call
 
 
-def flipped(content: bytes, bit: int) -> bytes:
+def flip_bit(content: bytes, bit: int) -> bytes:
     return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
 
 
-def inside(content: bytes, array: np.ndarray) -> int:
-    """A bit in the middle of this array's bytes."""
+def bit_inside(content: bytes, array: np.ndarray) -> int:
+    """Return the number of a bit in the middle of the bytes of `array` in `content`."""
     return 8 * (content.index(array.tobytes()) + array.nbytes // 2) + 5
 
 
 # ---------------------------------------------------------------------------------------------------- changed bytes
 def test_a_changed_bit_of_a_checkpoint(script, args, tmp_path, refused):
-    """Of a weight, which loads as another number; and anywhere, where it is noticed or changes nothing."""
+    """A changed weight is refused, although it would load. Any other changed bit is noticed, or it has no effect."""
     script.main(args)
     path, good = tmp_path / "run" / "checkpoint.pt", checkpoint(tmp_path / "run")
     content, weight = path.read_bytes(), good["q_network"]["moe.experts.w1"].numpy()
-    path.write_bytes(flipped(content, inside(content, weight)))
+    path.write_bytes(flip_bit(content, bit_inside(content, weight)))
     before = files(tmp_path)
-    line = refused(script.main, longer(args, 3))
+    line = refused(script.main, with_iterations(args, 3))
     assert f"{path} is damaged" in line and files(tmp_path) == before
-    passed = 0
+    unnoticed = 0
     for bit in range(3, 8 * len(content), 8 * len(content) // 20):
-        path.write_bytes(flipped(content, bit))
+        path.write_bytes(flip_bit(content, bit))
         try:
             state = script.read_file(path)
         except Exception:
             continue
-        passed += 1  # between two arrays
+        unnoticed += 1  # the bit is between two arrays
         assert same(state, good)
-    assert passed < 10
+    assert unnoticed < 10
 
 
-def test_a_checkpoint_that_is_none(script, args, tmp_path, refused):
+def test_an_empty_foreign_or_truncated_checkpoint(script, args, tmp_path, refused):
     script.main(args)
-    for content in (b"", b"text", checkpoint_half(tmp_path / "run")):
-        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        line = refused(script.main, longer(args, 3))
-        assert f"{tmp_path / 'run' / 'checkpoint.pt'} is damaged" in line
-
-
-def checkpoint_half(run: Path) -> bytes:
-    content = (run / "checkpoint.pt").read_bytes()
-    return content[: len(content) // 2]
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        assert f"{path} is damaged" in refused(script.main, with_iterations(args, 3))
 
 
 def test_a_changed_bit_of_weights(script, args, tmp_path, refused):
-    """`evaluate.py` and `watch.py` read them through `load`, `analyze.py` all of a run's."""
+    """evaluate.py and watch.py read weights with `evaluate.load`. analyze.py reads all weights of a run."""
     script.main(replace(args, weights_every=args.checkpoint_every))
     run, options = tmp_path / "run", evaluate.Options(tmp_path / "run", episodes=1, cuda=False)
     saved = sorted((run / "weights").iterdir(), key=lambda path: int(path.stem))
@@ -134,7 +130,7 @@ def test_a_changed_bit_of_weights(script, args, tmp_path, refused):
     for path in (run / "weights.pt", *saved):
         content = path.read_bytes()
         weight = torch.load(path, weights_only=True)["moe.experts.w1"].numpy()
-        path.write_bytes(flipped(content, inside(content, weight)))
+        path.write_bytes(flip_bit(content, bit_inside(content, weight)))
         if path.parent == run:
             assert f"{path} is damaged" in refused(evaluate.main, options)
         else:
@@ -144,14 +140,14 @@ def test_a_changed_bit_of_weights(script, args, tmp_path, refused):
 
 
 def test_a_changed_bit_of_unpacked_data(data, tmp_path):
-    """Removing it is enough: it is unpacked anew."""
+    """A damaged cache is refused. When it is removed, the data is unpacked anew."""
     args = cql_softmoe.Args(env_id=quick()["env_id"], dataset_dir=str(data), cache_dir=str(tmp_path))
     envs = cql_softmoe.Environments(args, 1)
     cache, _ = cql_softmoe.open_dataset(args, envs)
     before = files(cache)
     assert len(before) == 7
     for name, content in before.items():
-        for wrong in (flipped(content, 4 * len(content)), b"", None):
+        for wrong in (flip_bit(content, 4 * len(content)), b"", None):
             (cache / name).unlink() if wrong is None else (cache / name).write_bytes(wrong)
             with pytest.raises((ValueError, FileNotFoundError)) as caught:
                 cql_softmoe.open_dataset(args, envs)
@@ -162,45 +158,46 @@ def test_a_changed_bit_of_unpacked_data(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ bad segments
-ROWS = (2, 10)  # environments and rows of a segment
+SHAPE = (2, 10)  # environments and rows of a segment
 FIRST, SECOND = "000000000000.npz", "000000000020.npz"
 
 
 def write_segments(folder: Path, names=(FIRST, SECOND), env_id: str = quick()["env_id"], **changes) -> None:
-    """Good ones, but for these arrays of the last."""
+    """Write valid segments, except that the last one has the arrays in `changes`."""
     folder.mkdir()
     metadata = {"env_id": env_id, "num_actions": 3, "num_envs": 2, "ale_py": None, "rom_md5": None, "args": {}}
     (folder / "metadata.json").write_text(json.dumps(metadata))
-    good = {"frames": np.ones((*ROWS, 12, 12), np.uint8), "action": np.ones(ROWS, np.int64)}
-    good |= {"reward": np.ones(ROWS, np.float32), "terminated": np.zeros(ROWS, bool), "truncated": np.zeros(ROWS, bool)}
+    good = {"frames": np.ones((*SHAPE, 12, 12), np.uint8), "action": np.ones(SHAPE, np.int64)}
+    good["reward"] = np.ones(SHAPE, np.float32)
+    good |= {name: np.zeros(SHAPE, bool) for name in ("terminated", "truncated")}
     for name in names:
         np.savez_compressed(folder / name, **good | (changes if name == names[-1] else {}))
 
 
-def one(value: object, rest: object, dtype: str) -> np.ndarray:
-    """An array with this value in its middle."""
-    array = np.full(ROWS, rest, dtype)
+def array_with(value: object, rest: object, dtype: str) -> np.ndarray:
+    """Return an array of `rest`, except for one `value` in its middle."""
+    array = np.full(SHAPE, rest, dtype)
     array[1, 4] = value
     return array
 
 
-BAD = {  # arrays, and the one that the message names
-    "an infinite reward": ({"reward": one(np.inf, 1, "f4")}, "reward"),
-    "a reward that is minus infinite": ({"reward": one(-np.inf, 1, "f4")}, "reward"),
-    "no number": ({"reward": one(np.nan, 0, "f4")}, "reward"),
-    "a reward that is not clipped": ({"reward": one(1.001, 0, "f4")}, "reward"),
-    "both ends": ({name: one(True, False, "?") for name in ("terminated", "truncated")}, "truncated"),
-    "a boolean of 2": ({"terminated": one(2, 1, "u1").view(bool)}, "terminated"),
-    "another boolean of 2": ({"truncated": one(2, 0, "u1").view(bool)}, "truncated"),
-    "an action that the game has not": ({"action": one(3, 0, "i8")}, "action"),
-    "a negative action": ({"action": one(-1, 0, "i8")}, "action"),
-    "another type": ({"reward": one(0, 0, "f8")}, "reward"),
+BAD = {  # arrays of the last segment, and the array that the message names
+    "an infinite reward": ({"reward": array_with(np.inf, 1, "f4")}, "reward"),
+    "a reward of minus infinity": ({"reward": array_with(-np.inf, 1, "f4")}, "reward"),
+    "a reward that is NaN": ({"reward": array_with(np.nan, 0, "f4")}, "reward"),
+    "a reward that is not clipped": ({"reward": array_with(1.001, 0, "f4")}, "reward"),
+    "both ends at once": ({name: array_with(True, False, "?") for name in ("terminated", "truncated")}, "truncated"),
+    "a boolean of 2": ({"terminated": array_with(2, 1, "u1").view(bool)}, "terminated"),
+    "another boolean of 2": ({"truncated": array_with(2, 0, "u1").view(bool)}, "truncated"),
+    "an action that the game does not have": ({"action": array_with(3, 0, "i8")}, "action"),
+    "a negative action": ({"action": array_with(-1, 0, "i8")}, "action"),
+    "another dtype": ({"reward": array_with(0, 0, "f8")}, "reward"),
     "another length": ({"truncated": np.zeros((2, 9), bool)}, "truncated"),
 }
 
 
 def refused_by_both(tmp_path: Path) -> str:
-    """What training says of the data, and conversion too."""
+    """Return the message with which training and conversion refuse the data. Neither leaves files behind."""
     envs = SimpleNamespace(frame_shape=(12, 12), num_actions=3)
     args = cql_softmoe.Args(env_id=quick()["env_id"], dataset_dir=str(tmp_path / "data"))
     with pytest.raises(ValueError) as caught:
@@ -241,8 +238,8 @@ def test_a_checkpoint_without_a_configuration_is_left_alone(script, args, tmp_pa
     assert json.loads((tmp_path / "run-2" / "config.json").read_text())["args"]["expert_hidden_dim"] == 8
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, without a file
-def test_a_directory_that_somebody_removes_is_not_made_anew(script, args, tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread has no file
+def test_a_directory_that_is_removed_during_a_run_is_not_made_anew(script, args, tmp_path, monkeypatch, capsys):
     learn, updates = script.Agent.learn, itertools.count(1)
 
     def removed(agent):
@@ -266,33 +263,33 @@ DAMAGES = [
 
 
 def test_damaged_records_are_written_anew(script, args, tmp_path):
-    """A checkpoint keeps the rows, and a resumed run goes on from these."""
+    """A checkpoint keeps the rows of the records, and a resumed run writes the files from them."""
     run, names = tmp_path / "run", ["metrics.csv", "episodes.csv"][: 1 if script is cql_softmoe else 2]
     script.main(args)
-    first = [rows_but_speeds(run / name) for name in names]
+    first = [rows_without_speeds(run / name) for name in names]
     shutil.copytree(run, tmp_path / "copy")
-    script.main(longer(args, 3))
-    resumed = [rows_but_speeds(run / name) for name in names]
+    script.main(with_iterations(args, 3))
+    resumed = [rows_without_speeds(run / name) for name in names]
     assert all(rows[: len(before)] == before != rows for rows, before in zip(resumed, first, strict=True))
     for damage in DAMAGES:
         shutil.rmtree(run)
         shutil.copytree(tmp_path / "copy", run)
         for name in names:
             damage(run / name)
-        script.main(longer(args, 3))
-        assert [rows_but_speeds(run / name) for name in names] == resumed
+        script.main(with_iterations(args, 3))
+        assert [rows_without_speeds(run / name) for name in names] == resumed
 
 
-def rows_but_speeds(path: Path) -> list[dict]:
+def rows_without_speeds(path: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ("sps", "ups")} for row in read_csv(path)]
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing gets to clean up."""
+    """Stands for SIGKILL: the scripts do not catch it."""
 
 
 def test_tensorboard_has_an_evaluation_once(script, args, tmp_path, monkeypatch):
-    """Although the run is killed after it, before its end is on the disk, and evaluates again."""
+    """The run is killed after its evaluation, and repeats the evaluation when it is resumed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def die(*_):
@@ -302,7 +299,7 @@ def test_tensorboard_has_an_evaluation_once(script, args, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(script, "checkpoint" if script is cql_softmoe else "finish", die)
         script.main(args)
-    gc.collect()  # the lock
+    gc.collect()  # release the lock
     script.main(args)
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -311,8 +308,8 @@ def test_tensorboard_has_an_evaluation_once(script, args, tmp_path, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ two starts at once
-def another_is_faster(script, args, patch: pytest.MonkeyPatch) -> list[dict[str, bytes]]:
-    """Another start runs to its end before this one locks the directory; returns a list, later of what it left."""
+def finish_another_first(script, args, patch: pytest.MonkeyPatch) -> list[dict[str, bytes]]:
+    """Make another run finish just before `script` locks its directory. Returns a list that gets its files."""
     left, lock_run = [], script.lock_run
 
     def late(run_dir):
@@ -326,10 +323,10 @@ def another_is_faster(script, args, patch: pytest.MonkeyPatch) -> list[dict[str,
 
 
 @pytest.mark.parametrize("resume", ["auto", None])
-def test_a_run_that_another_start_made_meanwhile_is_left_alone(script, args, tmp_path, resume, monkeypatch, capsys):
-    """With `--resume auto` it is finished, else this one takes a name of its own."""
+def test_a_run_that_finished_meanwhile_is_left_alone(script, args, tmp_path, resume, monkeypatch, capsys):
+    """With --resume auto there is nothing left to do. Otherwise the second run gets another name."""
     args = replace(args, resume=resume)
-    left = another_is_faster(script, args, monkeypatch)
+    left = finish_another_first(script, args, monkeypatch)
     script.main(args)
     assert left == [files(tmp_path / "run")]
     if resume:
@@ -338,8 +335,8 @@ def test_a_run_that_another_start_made_meanwhile_is_left_alone(script, args, tmp
     assert all((path / "weights.pt").exists() for path in tmp_path.iterdir())
 
 
-def test_a_start_while_another_run_begins_takes_a_name_of_its_own(script, args, tmp_path, monkeypatch, refused):
-    """The other one has locked its directory, but there is nothing in it yet."""
+def test_a_run_gets_another_name_while_a_run_of_its_name_begins(script, args, tmp_path, monkeypatch, refused):
+    """The other run has locked its directory, which is still empty."""
     args, make, left = replace(args, resume=None), script.Agent.__init__, []
 
     def second(agent, *arguments):
@@ -357,7 +354,7 @@ def test_a_start_while_another_run_begins_takes_a_name_of_its_own(script, args, 
 
 # -------------------------------------------------------------------------------------------------- nothing to draw
 class Short(PixelCatch):
-    """The first episodes are cut after their first step, so that no transition of theirs can be drawn."""
+    """The first `short` episodes are truncated at their first step, so that none of their transitions can be drawn."""
 
     def __init__(self, short: int = 30):
         super().__init__()
@@ -377,7 +374,7 @@ gym.register("AlwaysShort-v0", entry_point=Short, kwargs={"short": 10**9})
 
 
 def test_updates_wait_until_there_is_something_to_draw(agent, tmp_path, monkeypatch):
-    """Learning would start after 40 steps, at the twentieth of 64 rounds. So it is when a run is resumed."""
+    """From step 40 on, 11 updates would be due, but nothing can be drawn yet. A resumed run waits, too."""
     updates, update = [], agent.Agent.update
     monkeypatch.setattr(agent.Agent, "update", lambda self, *batch: updates.append(batch) or update(self, *batch))
     settings = {"runs_dir": str(tmp_path), "batch_size": 4, "n_step": 2, "checkpoint_every": 0}
@@ -391,15 +388,15 @@ def test_updates_wait_until_there_is_something_to_draw(agent, tmp_path, monkeypa
 
 
 # ---------------------------------------------------------------------------------- games of unequal lengths, rewards
-def later_length(length: int) -> int:
+def next_length(length: int) -> int:
     return max(2, length // 2)
 
 
 class Unequal(PixelCatch):
-    """Rewards of 3, 3, -3, 3, 3, -3, ...; the first game has 4 to 8 steps, by its seed, each later one half."""
+    """Rewards are 3, 3, -3, and so on. The first game has 4 to 8 steps, by its seed, each later one half as many."""
 
     def reset(self, *, seed=None, options=None):
-        self.length, self.steps = later_length(self.length) if seed is None else 4 + seed % 5, 0
+        self.length, self.steps = next_length(self.length) if seed is None else 4 + seed % 5, 0
         return super().reset(seed=seed)
 
     def step(self, action):
@@ -415,7 +412,7 @@ gym.register("Unequal-v0", entry_point=Unequal)
 
 
 def evaluation_oracle(args, seed: int) -> list[float]:
-    """Raw returns, game by game; offline in the order in which they end."""
+    """Return the raw returns of all games. Offline they are in the order in which the games end."""
     if not isinstance(args, cql_softmoe.Args):
         return [unequal_return(4 + (seed + i) % 5) for i in range(args.eval_episodes)]
     ended = []
@@ -424,18 +421,18 @@ def evaluation_oracle(args, seed: int) -> list[float]:
         while time * args.num_envs < args.eval_steps:
             time += length
             ended.append((time, i, unequal_return(length)))
-            length = later_length(length)
+            length = next_length(length)
     return [value for *_, value in sorted(ended)]
 
 
 def test_an_evaluation_of_games_of_unequal_lengths(script, args):
-    """Rewards after a game is over are the next game's."""
+    """A reward after the end of a game belongs to the next game."""
     args = replace(args, env_id="Unequal-v0", **{"num_envs": 5} if script is cql_softmoe else {})
     args = args if script is cql_softmoe else replace(args, eval_episodes=7)
     q_network, stop = script.QNetwork(args, (4, 12, 12), 3), threading.Event()
     envs = [script.Environments(args, args.num_envs)] if script is cql_softmoe else []
     for seed in range(5):
-        if script is cql_softmoe:  # one game each, or some, before the longest is over
+        if script is cql_softmoe:  # one game in each environment, or several
             args.eval_steps = (20, 70)[seed % 2]
         expected = evaluation_oracle(args, seed)
         assert script.evaluate(q_network, args, *envs, seed, stop) == expected and len(set(expected)) > 2
@@ -443,7 +440,7 @@ def test_an_evaluation_of_games_of_unequal_lengths(script, args):
 
 def test_rewards_are_clipped_for_learning_and_raw_in_the_records(script, args, tmp_path, monkeypatch):
     args, run, batches, update = replace(args, env_id="Unequal-v0"), tmp_path / "run", [], script.Agent.update
-    if script is cql_softmoe:  # which learns from what the others store
+    if script is cql_softmoe:  # CQL learns from rewards that the other scripts have clipped
         write_segments(tmp_path / "data", env_id="Unequal-v0")
         args = replace(args, dataset_dir=str(tmp_path / "data"), cache_dir=None)
     monkeypatch.setattr(script.Agent, "update", lambda self, *batch: batches.append(batch) or update(self, *batch))
