@@ -1,7 +1,7 @@
-"""Arguments of `dqn_softmoe.py`: what each one changes, what is refused and in which words, damaged runs.
+"""Tests of the arguments of dqn_softmoe.py: what each one changes, what is refused, and damaged runs.
 
-A refusal is exit code 2 and one line on stderr that starts with "error: ". It leaves no new run behind, and every file
-of the run that it would have resumed as it was.
+A refusal is exit code 2 and one line on stderr that starts with "error: ". It creates no run, and it changes no file of
+the run to resume.
 """
 
 import gc
@@ -28,7 +28,7 @@ from runs import checkpoint, files, notes, only_run, quick, read_csv
 import dqn_softmoe
 from dqn_softmoe import Agent, Args, Environments, QNetwork, ReplayBuffer, main, open_run, reset_seed
 
-# 16 rounds of 4 agent steps, updates in the last 10.
+# A run of 16 rounds of 4 agent steps, with an update in each of the last 10.
 TINY = {"total_timesteps": 64, "learning_starts": 24, "buffer_size": 400, "batch_size": 16, "eval_episodes": 0}
 TINY |= {"epsilon_decay_steps": 20, "target_network_frequency": 16, "iteration_steps": 32, "checkpoint_every": 0}
 
@@ -42,7 +42,7 @@ def flag(name: str) -> str:
 
 
 def spy(patch: pytest.MonkeyPatch, owner, name: str) -> list[tuple]:
-    """The arguments of every later call of `owner.name`, which goes on as before."""
+    """Return a list that gets the positional arguments of every call of `owner.name` from now on."""
     calls, original = [], getattr(owner, name)
 
     def wrapper(*args, **kwargs):
@@ -54,8 +54,8 @@ def spy(patch: pytest.MonkeyPatch, owner, name: str) -> list[tuple]:
 
 
 @pytest.fixture
-def refusal(capfd):
-    """Calls a function that must refuse its input, in silence but for one line with these words; returns that line."""
+def check_refusal(capfd):
+    """Return a function that checks that a call fails with one error line with these words, and returns the line."""
 
     def call(words, function, *arguments) -> str:
         capfd.readouterr()
@@ -70,14 +70,14 @@ def refusal(capfd):
 
 
 @pytest.fixture
-def refused_run(refusal, tmp_path):
-    """Calls `main`, which must refuse its arguments in these words and leave no run behind."""
+def check_refused_run(check_refusal, tmp_path):
+    """Return a function that checks that `main` refuses its arguments with these words and leaves no run behind."""
 
     def call(words, **overrides):
-        refusal(words, main, tiny(runs_dir=str(tmp_path / "runs"), **overrides))
+        check_refusal(words, main, tiny(runs_dir=str(tmp_path / "runs"), **overrides))
         assert files(tmp_path) == {}
         if (tmp_path / "runs").exists():
-            gc.collect()  # its lock, which the traceback holds
+            gc.collect()  # release its lock, which the traceback holds
 
     return call
 
@@ -91,18 +91,18 @@ BAD_NUMBERS = {
     "capacity_factor learning_rate adam_eps": [0.0, -1.0, math.nan, math.inf],
     "importance_weight load_weight": [-1.0, math.nan, math.inf],
     "replay_ratio": [0.0, -1.0, math.nan, math.inf, 1e300],
-    "checkpoint_every": [-1, 1, 7],  # below two rounds of 4
-    "learning_starts": [-1, 0, 11],  # below n + 2 rounds
-    "buffer_size": [-1, 0, 23],  # below a stack, n and one
+    "checkpoint_every": [-1, 1, 7],  # less than two rounds of 4
+    "learning_starts": [-1, 0, 11],  # less than n + 2 rounds of 4
+    "buffer_size": [-1, 0, 23],  # less than stack + n + 1 rows of 4
 }
 
 
 @pytest.mark.parametrize("names, values", BAD_NUMBERS.items())
-def test_number_out_of_range(refused_run, names, values):
+def test_number_out_of_range(check_refused_run, names, values):
     balanced = {"layer": "top1moe", "load_balancing": "importance+load"} if "load_weight" in names else {}
     for name in names.split():
         for value in values:
-            refused_run([flag(name), str(value)], **{name: value}, **balanced)
+            check_refused_run([flag(name), str(value)], **{name: value}, **balanced)
 
 
 def test_every_number_has_bad_values():
@@ -111,7 +111,7 @@ def test_every_number_has_bad_values():
 
 
 class Blank(gym.Env):
-    """Zeros of any shape and type, for ever."""
+    """A game that never ends. Its frames are zeros of any shape and dtype."""
 
     def __init__(self, shape=(10, 8), dtype=np.uint8, action_space=None, error: Exception | None = None):
         if error is not None:
@@ -134,7 +134,7 @@ for blank, options in BLANKS.items():
     gym.register(f"Blank{blank}-v0", entry_point=Blank, kwargs=options)
 gym.register("RamBreakout-v0", entry_point="ale_py.env:AtariEnv", kwargs={"game": "breakout", "obs_type": "ram"})
 
-REFUSED = [  # arguments -> words; frames of the pixel game are 12x12, features 2x2
+REFUSED = [  # arguments, words of the error; the pixel game has frames of 12x12 and feature maps of 2x2
     ({"env_id": "BrekoutNoFrameskip-v4"}, ["Did you mean", "`BreakoutNoFrameskip`"]),
     ({"env_id": "ALE/Breakout-v9"}, ["v9", "`v5`"]),
     ({"env_id": "no id at all"}, []),
@@ -151,7 +151,7 @@ REFUSED = [  # arguments -> words; frames of the pixel game are 12x12, features 
     ({"env_id": "CartPole-v1"}, ["uint8", "(H, W)", "(4,)", "float32"]),
     ({"env_id": "BlankBroken-v0"}, ["RuntimeError: no display was found"]),
     ({"tokenization": "PerPatch"}, ["2x2", "3x3"]),
-    ({"expert_hidden_dim": 10**12}, []),  # no memory holds it
+    ({"expert_hidden_dim": 10**12}, []),  # more than any memory
     ({"encoder_width": 10**18}, []),
     ({"normalize_router": True, "layer": "top1moe"}, ["--normalize-router has no effect", "softmoe"]),
     ({"learned_phi": False, "layer": "dense"}, ["--learned-phi has no effect", "softmoe"]),
@@ -170,40 +170,39 @@ REFUSED = [  # arguments -> words; frames of the pixel game are 12x12, features 
 
 
 @pytest.mark.parametrize("given, words", REFUSED, ids=lambda x: str(x)[:60])
-def test_what_cannot_work_is_refused(refused_run, tmp_path_factory, monkeypatch, given, words):
+def test_arguments_that_cannot_work_are_refused(check_refused_run, tmp_path_factory, monkeypatch, given, words):
     folder = tmp_path_factory.mktemp("modules")
     (folder / "broken_game.py").write_text("raise RuntimeError('no licence')")
     monkeypatch.syspath_prepend(folder)
-    refused_run(words, **given)
+    check_refused_run(words, **given)
 
 
 @pytest.mark.parametrize("owner, name", [(shutil, "which"), (sysconfig, "get_path")])
-def test_compiling_without_a_compiler_or_headers(refused_run, monkeypatch, owner, name):
+def test_compiling_without_a_compiler_or_headers(check_refused_run, monkeypatch, owner, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(owner, name, lambda _: "")
-    refused_run(["--compile", "gcc", "Python.h", "--no-compile"], cuda=True)
+    check_refused_run(["--compile", "gcc", "Python.h", "--no-compile"], cuda=True)
 
 
-LEAST = [  # n, buffer: stack, n and one of 4 each; learning starts: n + 2 of 4; checkpoints after two rounds
+# The smallest values that work: stack + n + 1 rows of 4, n + 2 rounds of 4, and two rounds of 4.
+SMALLEST = [
     {"n_step": 1, "buffer_size": 24, "learning_starts": 12, "checkpoint_every": 8},
     {"n_step": 10, "buffer_size": 60, "learning_starts": 48, "checkpoint_every": 8},
 ]
 
 
-@pytest.mark.parametrize("least", LEAST)
-def test_the_least_that_works_and_the_most_that_does_not(refused_run, tmp_path, monkeypatch, least):
+@pytest.mark.parametrize("smallest", SMALLEST)
+def test_the_smallest_sizes_work_and_one_less_is_refused(check_refused_run, tmp_path, monkeypatch, smallest):
     for name in ("buffer_size", "learning_starts"):
-        refused_run([flag(name), str(least[name])], **least | {name: least[name] - 1})
+        check_refused_run([flag(name), str(smallest[name])], **smallest | {name: smallest[name] - 1})
     weights, gather = [], ReplayBuffer.gather
-    monkeypatch.setattr(
-        ReplayBuffer, "gather", lambda replay, i: (weights.append(replay.weight[i]), gather(replay, i))[1]
-    )
-    main(tiny(runs_dir=str(tmp_path), replay_ratio=1.0, total_timesteps=200, **least))
-    assert len(weights) == 200 - least["learning_starts"] and all((weight == 1).all() for weight in weights)
+    monkeypatch.setattr(ReplayBuffer, "gather", lambda replay, i: weights.append(replay.weight[i]) or gather(replay, i))
+    main(tiny(runs_dir=str(tmp_path), replay_ratio=1.0, total_timesteps=200, **smallest))
+    assert len(weights) == 200 - smallest["learning_starts"] and all((weight == 1).all() for weight in weights)
 
 
 @pytest.mark.parametrize("total, warns", [(64, False), (24, True), (8, True)])
-def test_a_run_that_learns_nothing_says_so(tmp_path, capsys, total, warns):
+def test_a_run_that_learns_nothing_warns(tmp_path, capsys, total, warns):
     main(tiny(runs_dir=str(tmp_path), total_timesteps=total))
     warning = "warning: nothing will be learned, --total-timesteps is not above --learning-starts"
     assert notes(capsys.readouterr().err) == [warning] * warns
@@ -221,10 +220,10 @@ def test_updates_per_agent_step_with_any_number_of_environments(tmp_path, monkey
 
 # ---------------------------------------------------------------------------------------- run directories and resume
 @pytest.mark.parametrize("below", [".", "runs/deeper"])
-def test_run_directory_that_cannot_be_written(refusal, tmp_path, below):
+def test_run_directory_that_cannot_be_written(check_refusal, tmp_path, below):
     file = tmp_path / "file"
     file.write_text("precious")
-    refusal([str(file)], main, tiny(runs_dir=str(file / below)))
+    check_refusal([str(file)], main, tiny(runs_dir=str(file / below)))
     assert file.read_text() == "precious"
 
 
@@ -241,7 +240,7 @@ def test_existing_run_directory_is_never_touched(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run of 64 agent steps, for copying."""
+    """A finished run of 64 agent steps."""
     runs = tmp_path_factory.mktemp("finished")
     main(tiny(runs_dir=str(runs)))
     return only_run(runs)
@@ -249,12 +248,13 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
+    """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script as it is called from a command line."""
+    """Return a function that runs dqn_softmoe.py with the given command line."""
 
     def call(*line: object):
         monkeypatch.setattr(sys, "argv", ["dqn_softmoe.py", *map(str, line)])
@@ -275,12 +275,12 @@ class Exploit:
         return os.mkdir, (str(self.path),)
 
 
-def state(change: Callable[[dict, Path], object]) -> Callable[[Path], None]:
-    """Change what the checkpoint holds."""
+def edit_checkpoint(change: Callable[[dict, Path], object]) -> Callable[[Path], None]:
+    """Return a function that applies `change` to the contents of a checkpoint."""
     return lambda path: torch.save(change(torch.load(path, weights_only=True), path), path)
 
 
-def config(change: Callable[[dict], object]) -> Callable[[Path], None]:
+def edit_config(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def damage(path: Path):
         path = path.with_name("config.json")
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -288,51 +288,51 @@ def config(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return damage
 
 
-DAMAGES = {  # damage to a run of which the checkpoint's path is given -> words of the refusal
+DAMAGES = {  # function that damages a run, given the path of its checkpoint; words of the error
     "no checkpoint": (Path.unlink, ["no checkpoint"]),
     "empty checkpoint": (lambda path: path.write_bytes(b""), []),
     "truncated checkpoint": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), []),
-    "pickled checkpoint": (state(lambda _, path: {"q_network": Exploit(path)}), []),
+    "pickled checkpoint": (edit_checkpoint(lambda _, path: {"q_network": Exploit(path)}), []),
     "bare pickle": (lambda path: path.write_bytes(pickle.dumps(Exploit(path))), []),
-    "another program's": (state(lambda state, _: {"model": state["q_network"]}), ["q_network"]),
-    "no dict": (state(lambda *_: [1, 2]), []),
-    "another network": (state(lambda state, _: state | {"q_network": state["replay"]}), ["head.weight"]),
-    "no replay": (state(lambda state, _: {name: state[name] for name in state if name != "replay"}), ["replay"]),
+    "another program's": (edit_checkpoint(lambda old, _: {"model": old["q_network"]}), ["q_network"]),
+    "no dict": (edit_checkpoint(lambda *_: [1, 2]), []),
+    "another network": (edit_checkpoint(lambda old, _: old | {"q_network": old["replay"]}), ["head.weight"]),
+    "no replay": (edit_checkpoint(lambda old, _: {name: old[name] for name in old if name != "replay"}), ["replay"]),
     "no configuration": (lambda path: path.with_name("config.json").unlink(), ["config.json"]),
     "truncated configuration": (lambda path: path.with_name("config.json").write_text('{"script": "dqn'), []),
     "configuration that is not text": (lambda path: path.with_name("config.json").write_bytes(b"\xff\xfe\x00"), []),
-    "a list": (config(lambda config: [config]), []),
-    "another script's": (config(lambda config: config | {"script": "der_softmoe.py"}), ["der_softmoe.py"]),
-    "without arguments": (config(lambda config: {"script": config["script"]}), ["args"]),
-    "no such encoder": (config(lambda config: config | {"args": config["args"] | {"encoder": "impalb"}}), ["encoder"]),
-    "unknown argument": (config(lambda config: config | {"args": config["args"] | {"sigma": 1}}), ["sigma"]),
+    "a list": (edit_config(lambda old: [old]), []),
+    "another script's": (edit_config(lambda old: old | {"script": "der_softmoe.py"}), ["der_softmoe.py"]),
+    "without arguments": (edit_config(lambda old: {"script": old["script"]}), ["args"]),
+    "no such encoder": (edit_config(lambda old: old | {"args": old["args"] | {"encoder": "impalb"}}), ["encoder"]),
+    "unknown argument": (edit_config(lambda old: old | {"args": old["args"] | {"sigma": 1}}), ["sigma"]),
 }
 
 
 @pytest.mark.parametrize("damage, words", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_run(refusal, script, run, damage, words):
+def test_damaged_run(check_refusal, script, run, damage, words):
     damage(run / "checkpoint.pt")
     before = files(run)
-    refusal(words, script, "--resume", run, "--total-timesteps", 96)
+    check_refusal(words, script, "--resume", run, "--total-timesteps", 96)
     assert files(run) == before and not (run / "exploited").exists()
 
 
-def test_contradiction_loses_nothing(refusal, script, run):
+def test_an_error_lists_all_contradictions(check_refusal, script, run):
     before = files(run)
     words = ["--resume", str(run), "num_experts 8 (was 2)", "seed 5 (was 1)", "gamma 0.5 (was 0.99)"]
     line = "--num-experts", 8, "--seed", 5, "--gamma", 0.5, "--total-timesteps", 96
-    assert "total" not in refusal(words, script, "--resume", run, *line) and files(run) == before
+    assert "total" not in check_refusal(words, script, "--resume", run, *line) and files(run) == before
 
 
-def test_fewer_steps_than_the_run_has_done(refusal, script, run):
+def test_fewer_steps_than_the_run_has_done(check_refusal, script, run):
     before = files(run)
-    refusal(["--total-timesteps 60", "64"], script, "--resume", run, "--total-timesteps", 60)
+    check_refusal(["--total-timesteps 60", "64"], script, "--resume", run, "--total-timesteps", 60)
     assert files(run) == before
-    gc.collect()  # the lock, which the traceback holds
-    script("--resume", run, "--total-timesteps", 61)  # as many rounds
+    gc.collect()  # release the lock, which the traceback holds
+    script("--resume", run, "--total-timesteps", 61)  # 61 steps take as many rounds as 64
 
 
-def test_resume_takes_what_is_not_given_from_the_run(script, run, capsys):
+def test_resume_keeps_arguments_that_are_not_given(script, run, capsys):
     script("--resume", run, "--total-timesteps", 96)
     assert "96 agent steps done" in capsys.readouterr().out
     assert checkpoint(run)["progress"]["global_step"] == 96
@@ -343,7 +343,7 @@ def test_resume_takes_what_is_not_given_from_the_run(script, run, capsys):
 
 @pytest.mark.parametrize("name", ["metrics.csv", "episodes.csv"])
 def test_records_that_are_shorter_than_at_the_checkpoint(script, run, name):
-    """As after a power cut: checkpoints wait for the disk, records do not."""
+    """A power cut can cause this, because checkpoints are synced to the disk and records are not."""
     path = run / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\0" * 20)
     script("--resume", run, "--total-timesteps", 160)
@@ -352,7 +352,7 @@ def test_records_that_are_shorter_than_at_the_checkpoint(script, run, name):
 
 # ------------------------------------------------------------------------------------------ what each argument does
 def record(folder: Path, **overrides) -> SimpleNamespace:
-    """Run, and note what reached replay, optimizer, environments, records and disk."""
+    """Return what a run passed to replay, optimizer, environments, records and disk."""
     with pytest.MonkeyPatch.context() as patch:
         samples, steps = spy(patch, ReplayBuffer, "sample"), spy(patch, torch.optim.Adam, "step")
         actions, copies = spy(patch, dqn_softmoe, "select_actions"), spy(patch, Agent, "update_target")
@@ -372,13 +372,13 @@ def record(folder: Path, **overrides) -> SimpleNamespace:
     )
 
 
-def router_ignores_length(run: SimpleNamespace) -> bool:
+def router_ignores_token_norms(run: SimpleNamespace) -> bool:
     tokens = torch.linspace(0, 1, 256).view(1, 4, 64)
     return torch.allclose(*(run.moe(scale * tokens).routing.router_probs for scale in (1, 9)))
 
 
 class Change(NamedTuple):
-    """`look(run)` is `before` for TINY with `given`, and `after` where the argument has `value`."""
+    """`look(run)` is `before` with TINY and `given`, and `after` if the argument has `value`, too."""
 
     value: object
     look: Callable[[SimpleNamespace], object]
@@ -387,7 +387,8 @@ class Change(NamedTuple):
     given: dict = {}
 
 
-BALANCED = {"layer": "top1moe", "load_balancing": "importance+load"}
+BOTH = "importance+load"
+BALANCED = {"layer": "top1moe", "load_balancing": BOTH}
 CHANGES = {
     # Run
     "env_id": Change("BlankGood-v0", lambda run: run.replay.frames.shape[1:], (12, 12), (10, 8)),
@@ -405,17 +406,13 @@ CHANGES = {
     "expert_hidden_dim": Change(24, lambda run: run.moe.experts.w1.shape, (2, 64, 16), (2, 64, 24)),
     "tokenization": Change("PerFeat", lambda run: run.moe.phi.shape[0], 64, 4),
     "capacity_factor": Change(1.5, lambda run: run.moe.num_slots, 2, 3),
-    "normalize_router": Change(True, router_ignores_length, False, True),
+    "normalize_router": Change(True, router_ignores_token_norms, False, True),
     "learned_phi": Change(False, lambda run: "phi" in run.moe.state_dict(), True, False),
     "expert_variant": Change("big", lambda run: type(run.moe.experts).__name__, "Experts", "BigExperts"),
     "load_balancing": Change("load", lambda run: run.balancing, set(), {("load", 1, 1)}, {"layer": "top1moe"}),
-    "importance_weight": Change(
-        3.0, lambda run: run.balancing, {("importance+load", 1, 1)}, {("importance+load", 3, 1)}, BALANCED
-    ),
-    "load_weight": Change(
-        3.0, lambda run: run.balancing, {("importance+load", 1, 1)}, {("importance+load", 1, 3)}, BALANCED
-    ),
-    # Nature: 8x8x4x32, 4x4x32x64, 3x3x64x64. Impala: a first convolution and four more, 16, 32, 32 channels.
+    "importance_weight": Change(3.0, lambda run: run.balancing, {(BOTH, 1, 1)}, {(BOTH, 3, 1)}, BALANCED),
+    "load_weight": Change(3.0, lambda run: run.balancing, {(BOTH, 1, 1)}, {(BOTH, 1, 3)}, BALANCED),
+    # Nature: 8x8x4x32, 4x4x32x64, 3x3x64x64. Impala: three stacks of five convolutions, with 16, 32 and 32 channels.
     "encoder": Change("impala", lambda run: run.encoder, 77_984, 592 + 9_280 + 4_640 + 36_992 + 46_240),
     "encoder_width": Change(2, lambda run: run.encoder, 8_224 + 32_832 + 36_928, 16_448 + 131_200 + 147_584),
     "impala_filter": Change(
@@ -441,39 +438,39 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> SimpleNamespace:
+def default_run(tmp_path_factory) -> SimpleNamespace:
     return record(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("name", CHANGES, ids=flag)
-def test_argument_changes_what_it_should(tmp_path, plain, name):
+def test_argument_changes_what_it_should(tmp_path, default_run, name):
     value, look, before, after, given = CHANGES[name]
-    assert look(record(tmp_path / "before", **given) if given else plain) == before
+    assert look(record(tmp_path / "before", **given) if given else default_run) == before
     assert look(record(tmp_path / "after", **given | {name: value})) == after
 
 
-def test_arguments_of_atari_reach_it(monkeypatch):
+def test_arguments_reach_the_atari_environment(monkeypatch):
     def make(game: str, num_envs: int, **settings) -> SimpleNamespace:
         frames, actions = gym.spaces.Box(0, 255, (1, 84, 84), np.uint8), gym.spaces.Discrete(4)
         return SimpleNamespace(single_observation_space=frames, single_action_space=actions, settings=settings)
 
     monkeypatch.setattr(dqn_softmoe, "AtariVectorEnv", make)
-    for given, expected in [({}, (0.25, 1, False)), (ATARI, (0.1, 117, True))]:  # ale-py draws fewer no-ops than that
+    for given, expected in [({}, (0.25, 1, False)), (ATARI, (0.1, 117, True))]:  # ale-py draws fewer no-ops than 117
         envs = Environments(Args(**given), 2)
         settings = envs.envs.settings
         assert (settings["repeat_action_probability"], settings["noop_max"], envs.life_loss) == expected
 
 
-def test_the_replay_goes_where_it_fits(monkeypatch):
-    """One of 12x12 takes 144 bytes, and 22 for action, reward, flags and weight."""
+def test_the_replay_is_on_the_gpu_if_it_fits(monkeypatch):
+    """A transition takes 144 bytes for its frame of 12x12, and 22 for action, reward, flags and weight."""
     for given, free, expected in [({}, 10**9, "cuda"), ({"replay_device": "cpu"}, 10**9, "cpu"), ({}, 80_000, "cpu")]:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**9))
         assert dqn_softmoe.replay_device(tiny(**given), (12, 12), torch.device("cuda")).type == expected
 
 
-ATARI = {"sticky_actions": 0.1, "noop_max": 30, "terminal_on_life_loss": True}  # tested above, as the others are
+ATARI = {"sticky_actions": 0.1, "noop_max": 30, "terminal_on_life_loss": True}  # the Atari test above covers these
 OTHERS = {"runs_dir": "elsewhere", "run_name": "mine", "cuda": True, "replay_device": "cpu"}
-OTHERS |= {"compile": False, "cuda_graphs": False}  # how the same update is launched; a CPU runs it as it is
+OTHERS |= {"compile": False, "cuda_graphs": False}  # these have no effect on a CPU
 MAY_CHANGE = {"total_timesteps", "checkpoint_every", "checkpoint_at_end", "weights_every", "eval_episodes", *OTHERS}
 VALUES = {name: change.value for name, change in CHANGES.items()} | ATARI | OTHERS
 
@@ -506,13 +503,14 @@ PAPER |= {"target_network_frequency": 8_000, "end_epsilon": 0.01, "epsilon_decay
 PAPER |= {"eval_epsilon": 0.001}
 
 
-def test_defaults_are_the_papers_values(plain):
+def test_defaults_are_the_papers_values(default_run):
     assert vars(Args()).items() >= PAPER.items()
     dqn_softmoe.check_args(Args())
-    assert plain.adam["betas"] == (0.9, 0.999) and plain.adam["weight_decay"] == 0 and not plain.adam["amsgrad"]
+    adam = default_run.adam
+    assert adam["betas"] == (0.9, 0.999) and adam["weight_decay"] == 0 and not adam["amsgrad"]
 
 
-# Millions of parameters with all 18 actions, by layer and experts, or factor of the dense layer's width.
+# Millions of parameters with 18 actions, by layer and --num-experts, which multiplies the width of the dense layer.
 SIZES = {("dense", None): "2.09", ("dense", 2): "4.08", ("dense", 4): "8.07", ("dense", 8): "16.0"}
 SIZES |= {("softmoe", 1): "0.20", ("softmoe", 2): "0.24", ("softmoe", 4): "0.30", ("softmoe", None): "0.44"}
 
@@ -536,7 +534,7 @@ def test_help_mentions_every_flag_with_its_comment(script, capsys, monkeypatch):
     assert "updates per agent step (paper: 0.25; figure 4: 0.5, 1, 2; DER: 1)" in " ".join(out.split())
 
 
-def test_command_line_that_nothing_understands(script, capsys):
+def test_invalid_command_lines(script, capsys):
     for line in (["--no-such-flag", 3], ["--num-envs", "four"], ["--layer", "hard"]):
         with pytest.raises(SystemExit) as stop:
             script(*line)
