@@ -1,4 +1,4 @@
-"""Offline: segments and what is drawn of them against a slow oracle, damaged data, CQL's loss, whole runs."""
+"""Tests of cql_softmoe.py: data against a slow oracle, damaged data, losses, evaluation and whole runs."""
 
 import gc
 import itertools
@@ -30,12 +30,12 @@ GAME, FRAME = "pixel_game:PixelCatch-v0", (pixel_game.SIZE, pixel_game.SIZE)
 
 
 @pytest.fixture(autouse=True)
-def points_often(monkeypatch):
+def log_often(monkeypatch):
     monkeypatch.setattr(cql_softmoe, "LOG_EVERY", 10)
 
 
-def small(tmp_path, **overrides) -> Args:
-    """Arguments of a run of about a second."""
+def small_args(tmp_path, **overrides) -> Args:
+    """Return the Args of a run that takes about a second."""
     settings = {"env_id": GAME, "encoder": "nature", "num_experts": 2, "expert_hidden_dim": 16, "cuda": False}
     settings |= {"total_updates": 40, "iteration_updates": 20, "eval_steps": 60, "num_envs": 3, "checkpoint_every": 0}
     settings |= {"target_network_frequency": 10, "runs_dir": str(tmp_path / "runs")}
@@ -43,8 +43,8 @@ def small(tmp_path, **overrides) -> Args:
     return Args(**settings | overrides)
 
 
-def write(folder: Path, rows: list[Row], lengths: list[int], **metadata) -> list[Path]:
-    """Segments of so many rows each, and metadata.json."""
+def write_segments(folder: Path, rows: list[Row], lengths: list[int], **metadata) -> list[Path]:
+    """Write `rows` in segments of these lengths, and metadata.json. Returns the paths of the segments."""
     folder.mkdir(exist_ok=True, parents=True)
     num_envs, paths = len(rows[0].action), []
     for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
@@ -57,15 +57,16 @@ def write(folder: Path, rows: list[Row], lengths: list[int], **metadata) -> list
     return paths
 
 
-def opened(args: Args, frame_shape: tuple = FRAME_SHAPE) -> Dataset:
+def open_data(args: Args, frame_shape: tuple = FRAME_SHAPE) -> Dataset:
+    """Return the dataset of a run with these arguments."""
     envs = SimpleNamespace(frame_shape=frame_shape, num_actions=3)
     return Dataset(*open_dataset(args, envs), n_step=args.n_step, gamma=args.gamma)
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder of three segments of 20 rows of two environments."""
-    write(tmp_path / "data", list(random_rows(np.random.default_rng(0), 60, 2, FRAME)), [20, 20, 20])
+    """A folder with three segments of 20 rows of two environments."""
+    write_segments(tmp_path / "data", list(random_rows(np.random.default_rng(0), 60, 2, FRAME)), [20, 20, 20])
     return tmp_path / "data"
 
 
@@ -73,99 +74,98 @@ def data(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
-def test_every_transition_of_the_segments(tmp_path, num_envs):
-    """With files that are missing, first shares and first files; of all that is drawable, and of nothing else."""
+def test_all_drawable_transitions_equal_the_oracle(tmp_path, num_envs):
+    """This also holds with missing files, --data-fraction and --max-shards. No other transition can be drawn."""
     for seed in range(12):
         rng, folder = np.random.default_rng(seed), tmp_path / str(seed)
         lengths, n_step = rng.integers(1, 15, 12).tolist(), int(rng.integers(1, 5))
         rows = list(random_rows(rng, sum(lengths), num_envs))
-        paths = write(folder, rows, lengths)
+        paths = write_segments(folder, rows, lengths)
         kept = [k for k in range(12) if rng.random() < (1.0 if seed % 3 else 0.7) or k == 11]
         for k in set(range(12)) - set(kept):
             paths[k].unlink()
         fraction, shards = [(1.0, None), (0.5, None), (0.3, 7)][seed % 3 if seed < 6 else 0]
 
-        oracle, expected, starts, unknown = Oracle(num_envs, n_step), 0, np.cumsum([0, *lengths]), set()
+        oracle, expected, starts, incomplete = Oracle(num_envs, n_step), 0, np.cumsum([0, *lengths]), set()
         for k in kept[:shards]:
-            if starts[k] != expected:
+            if starts[k] != expected:  # a gap, after which the first stacks lack frames
                 oracle.cut()
-                unknown |= {len(oracle.lanes[0]) + i for i in range(STACK_SIZE - 1)}  # their stacks lack frames
+                incomplete |= {len(oracle.lanes[0]) + i for i in range(STACK_SIZE - 1)}
             expected = starts[k] + math.ceil(lengths[k] * fraction)
             for row in rows[starts[k] : expected]:
                 oracle.add(row)
         oracle.cut()
         at = {}
         for t, env in itertools.product(range(len(oracle.lanes[0])), range(num_envs)):
-            if t not in unknown and not oracle.lanes[env][t].truncated:
+            if t not in incomplete and not oracle.lanes[env][t].truncated:
                 at[t * num_envs + env] = env, t
 
-        args = small(tmp_path, dataset_dir=str(folder), n_step=n_step, gamma=GAMMA)
-        dataset = opened(replace(args, data_fraction=fraction, max_shards=shards))
+        args = small_args(tmp_path, dataset_dir=str(folder), n_step=n_step, gamma=GAMMA)
+        dataset = open_data(replace(args, data_fraction=fraction, max_shards=shards))
         assert dataset.drawable.tolist() == list(at) and len(at) > 0
         check_batch(dataset.gather(torch.tensor(list(at))), oracle, at)
         k = np.arange(len(at))
-        for offset in (1e-9, 1 - 1e-9):  # the k-th of K is drawn for all numbers from k/K to (k+1)/K
+        for offset in (1e-9, 1 - 1e-9):  # all numbers from k/K to (k+1)/K draw the k-th of K
             assert draw_with(dataset, (k + offset) / len(at)).index.tolist() == list(at)
 
 
-def test_draws_need_no_values(tmp_path, data):
-    batch = opened(small(tmp_path), FRAME).to("meta").sample(8)
+def test_sampling_reads_no_values_on_the_host(tmp_path, data):
+    batch = open_data(small_args(tmp_path), FRAME).to("meta").sample(8)
     assert batch.obs.shape == (8, STACK_SIZE, *FRAME)
 
 
-def test_the_cache_is_made_once_and_another_one_when_its_source_changes(tmp_path, data, capsys):
-    """A changed source leaves the old cache alone: another run may have it mapped into memory."""
-    args, before = small(tmp_path), {path: path.read_bytes() for path in data.iterdir()}
-    first = opened(args, FRAME)
+def test_the_cache_is_made_once_for_each_state_of_its_source(tmp_path, data, capsys):
+    """If the source changes, the old cache is kept, because another run may have mapped it into memory."""
+    args, before = small_args(tmp_path), {path: path.read_bytes() for path in data.iterdir()}
+    first = open_data(args, FRAME)
     assert "unpacking 120 steps" in capsys.readouterr().out
-    frames = opened(args, FRAME).frames
+    frames = open_data(args, FRAME).frames
     assert torch.equal(frames, first.frames) and capsys.readouterr().out == ""
     assert {path: path.read_bytes() for path in data.iterdir()} == before
-    assert len(opened(replace(args, data_fraction=0.5), FRAME).frames) == 61
-    write(data, list(random_rows(np.random.default_rng(5), 60, 2, FRAME)), [20, 20, 20])
-    assert not torch.equal(opened(args, FRAME).frames, frames)
+    assert len(open_data(replace(args, data_fraction=0.5), FRAME).frames) == 61
+    write_segments(data, list(random_rows(np.random.default_rng(5), 60, 2, FRAME)), [20, 20, 20])
+    assert not torch.equal(open_data(args, FRAME).frames, frames)
     assert torch.equal(first.frames, frames)
-    assert len(list((tmp_path / "replay_cache").iterdir())) == 3  # and nothing half done
+    assert len(list((tmp_path / "replay_cache").iterdir())) == 3  # and no temporary folder
     other = tmp_path / "other"
-    write(other, list(random_rows(np.random.default_rng(6), 60, 2, FRAME)), [20, 20, 20])
-    for folder in (data, other, data):  # in one folder
-        dataset = opened(replace(args, dataset_dir=str(folder), cache_dir=str(tmp_path / "cache")), FRAME)
-        assert torch.equal(dataset.frames, opened(replace(args, dataset_dir=str(folder)), FRAME).frames)
+    write_segments(other, list(random_rows(np.random.default_rng(6), 60, 2, FRAME)), [20, 20, 20])
+    for folder in (data, other, data):  # both caches are in one folder
+        dataset = open_data(replace(args, dataset_dir=str(folder), cache_dir=str(tmp_path / "cache")), FRAME)
+        assert torch.equal(dataset.frames, open_data(replace(args, dataset_dir=str(folder)), FRAME).frames)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_links_to_folders(tmp_path, data):
-    """A run, its replay folder, and links to either."""
+    """--dataset-dir may be a run, its replay folder, or a link to either."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "replay").symlink_to(data)
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    frames = opened(small(tmp_path), FRAME).frames
+    frames = open_data(small_args(tmp_path), FRAME).frames
     for name in ("run", "run/replay", "link", "link/replay"):
-        assert torch.equal(opened(small(tmp_path, dataset_dir=str(tmp_path / name)), FRAME).frames, frames)
+        assert torch.equal(open_data(small_args(tmp_path, dataset_dir=str(tmp_path / name)), FRAME).frames, frames)
 
 
-def test_another_run_was_faster_to_unpack(tmp_path, data, monkeypatch):
-    args, unpack = small(tmp_path), cql_softmoe.unpack
+def test_another_run_unpacks_the_same_data_faster(tmp_path, data, monkeypatch):
+    args, unpack = small_args(tmp_path), cql_softmoe.unpack
 
-    def slow(*more):  # meanwhile the other one, of another process, does all of it
+    def unpack_after_another(*more):  # another process does all of it first
         with monkeypatch.context() as patch:
             patch.setattr(cql_softmoe, "unpack", unpack)
             patch.setattr(os, "getpid", lambda: 0)
-            opened(args, FRAME)
+            open_data(args, FRAME)
         unpack(*more)
 
-    monkeypatch.setattr(cql_softmoe, "unpack", slow)
-    assert torch.equal(opened(args, FRAME).frames, opened(args, FRAME).frames)
+    monkeypatch.setattr(cql_softmoe, "unpack", unpack_after_another)
+    assert torch.equal(open_data(args, FRAME).frames, open_data(args, FRAME).frames)
     assert len(list((tmp_path / "replay_cache").iterdir())) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_data_is_mapped_read_only(tmp_path, data):
-    """Linux refuses a writable private map of more than its memory, and the data may be that large."""
-    dataset = opened(small(tmp_path), FRAME)
-    lines = [
-        line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "replay_cache") in line
-    ]
+    """Linux refuses a writable private mapping that is larger than memory, and the data may be that large."""
+    dataset = open_data(small_args(tmp_path), FRAME)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    lines = [line for line in maps if str(tmp_path / "replay_cache") in line]
     assert {Path(line.split()[-1]).stem for line in lines} >= set(Dataset.FIELDS)
     assert all(" r--" in line for line in lines) and dataset.frames[-1].sum() == 0
 
@@ -175,14 +175,14 @@ def test_data_is_mapped_read_only(tmp_path, data):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """A run that must end in one line with these words, the data left as it was and nothing half done."""
+    """Return a function that checks that a run fails with one error line with these words and changes no data."""
 
     def call(*words, **overrides):
         folder = tmp_path / "data"
         before = {path: path.read_bytes() for path in folder.glob("*")}
-        gc.collect()  # the lock of the run before
+        gc.collect()  # release the lock of the run before
         with pytest.raises(SystemExit) as stop:
-            main(small(tmp_path, **overrides))
+            main(small_args(tmp_path, **overrides))
         lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error")]
         assert stop.value.code == 2 and len(lines) == 1, lines
         assert [word for word in words if word not in lines[0]] == [], lines[0]
@@ -202,29 +202,29 @@ def test_a_signal_while_it_unpacks_leaves_nothing_half_done(tmp_path, data, monk
         return read(*args)
 
     monkeypatch.setattr(cql_softmoe, "read_segment", interrupted)
-    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as in the background of a shell
+    before = signal.signal(number, signal.default_int_handler)  # it may be ignored, as in a background job of a shell
     try:
         with pytest.raises(SystemExit) as stop:
-            main(small(tmp_path))
+            main(small_args(tmp_path))
         assert stop.value.code == 75 and not list((tmp_path / "replay_cache").glob("*"))
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
 
 
-def test_no_data(refused, tmp_path):
+def test_missing_data(refused, tmp_path):
     refused("no data", "--save-replay")
     refused("no data", dataset_dir=str(tmp_path / "nowhere"))
     refused("no data", dataset_dir="")
 
 
-def test_no_disk_space(refused, data, monkeypatch):
+def test_too_little_disk_space(refused, data, monkeypatch):
     usage = shutil.disk_usage(data)._replace(free=120 * (144 + 15) - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused("0.00 GB", "free", "replay_cache")
 
 
-def test_another_game(refused, data):
+def test_data_of_another_game(refused, data):
     metadata = json.loads((data / "metadata.json").read_text())
     for change in ({"env_id": "PongNoFrameskip-v4"}, {"num_actions": 4}):
         (data / "metadata.json").write_text(json.dumps(metadata | change))
@@ -236,11 +236,13 @@ def test_another_game(refused, data):
 
 
 class Exploit:
+    """Raises SystemError when it is unpickled."""
+
     def __reduce__(self):
         return exec, ("raise SystemError('unpickled')",)
 
 
-WRONG = {
+WRONG = {  # arrays of the last segment (None: left out), words of the error
     "dtype": ({"reward": np.zeros((2, 20))}, ["reward", "float64", "float32"]),
     "frames": ({"frames": np.zeros((2, 20, 5, 5), np.uint8)}, ["(2, 20, 5, 5)", "12"]),
     "lengths": ({"truncated": np.zeros((2, 19), bool)}, ["(2, 19)", "(2, 20)"]),
@@ -269,31 +271,31 @@ def test_a_file_that_is_no_segment_is_named(refused, data):
     refused("000000000120.npz is damaged")
 
 
-def test_names_of_others_do_not_count(tmp_path, data):
-    before = opened(small(tmp_path), FRAME)
+def test_files_with_other_names_are_ignored(tmp_path, data):
+    before = open_data(small_args(tmp_path), FRAME)
     (data / "my-backup.npz").write_bytes(b"text")
-    assert torch.equal(opened(small(tmp_path), FRAME).frames, before.frames)
+    assert torch.equal(open_data(small_args(tmp_path), FRAME).frames, before.frames)
 
 
-def test_nothing_to_draw(refused, tmp_path):
+def test_data_without_a_drawable_step(refused, tmp_path):
     row = Row(np.zeros((2, 12, 12), np.uint8), np.zeros(2, int), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool))
-    write(tmp_path / "data", [row], [1])
+    write_segments(tmp_path / "data", [row], [1])
     refused("no step to learn from")
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path, data):
-    opened(small(tmp_path), FRAME)
+def test_the_temporary_folder_of_a_killed_process_is_removed(tmp_path, data):
+    open_data(small_args(tmp_path), FRAME)
     (cache,) = (tmp_path / "replay_cache").iterdir()
     cache.rename(cache.with_name(f"{cache.name}.{os.getpid()}.tmp"))
-    opened(small(tmp_path), FRAME)
+    open_data(small_args(tmp_path), FRAME)
     assert list((tmp_path / "replay_cache").iterdir()) == [cache]
 
 
-def test_damaged_segments_are_never_read_as_if_nothing_was(tmp_path):
-    """Cut at many places, bytes flipped all over the file: the names and headers of the archive and the arrays too."""
-    args = small(tmp_path)
-    (path,) = write(tmp_path / "data", list(random_rows(np.random.default_rng(0), 8, 1)), [8])
-    good, content, refusals = opened(args), path.read_bytes(), 0
+def test_damaged_segments_are_refused_or_read_as_before(tmp_path):
+    """The file is truncated at many lengths, or one byte is flipped, also in names and headers of the archive."""
+    args = small_args(tmp_path)
+    (path,) = write_segments(tmp_path / "data", list(random_rows(np.random.default_rng(0), 8, 1)), [8])
+    good, content, refusals = open_data(args), path.read_bytes(), 0
     damaged = [content[:length] for length in range(0, len(content), len(content) // 20)]
     for i in range(0, len(content), 7):
         damaged.append(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
@@ -301,31 +303,25 @@ def test_damaged_segments_are_never_read_as_if_nothing_was(tmp_path):
         path.write_bytes(bad)
         os.utime(path, ns=(k, k))
         try:
-            read = opened(args)
+            read = open_data(args)
         except Exception:
             refusals += 1
-        else:  # time stamps and the like
+        else:  # the byte does not matter, as in a time stamp
             assert all(map(torch.equal, read.buffers(), good.buffers())), k
     assert refusals > len(damaged) / 2
 
 
 def test_damaged_cache(tmp_path, data, capsys):
-    opened(small(tmp_path), FRAME)
+    open_data(small_args(tmp_path), FRAME)
     (path,) = (tmp_path / "replay_cache").glob("*/frames.npy")
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(SystemExit) as stop:
-        main(small(tmp_path))
+        main(small_args(tmp_path))
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-BAD = [
-    {"max_shards": 0},
-    {"data_fraction": 0.0},
-    {"data_fraction": 1.1},
-    {"data_fraction": math.nan},
-    {"cql_alpha": -0.1},
-]
-BAD += [{"cql_alpha": math.inf}, {"total_updates": 0}, {"n_step": 0}, {"num_atoms": 1}]
+BAD = [{"max_shards": 0}, {"data_fraction": 0.0}, {"data_fraction": 1.1}, {"data_fraction": math.nan}]
+BAD += [{"cql_alpha": -0.1}, {"cql_alpha": math.inf}, {"total_updates": 0}, {"n_step": 0}, {"num_atoms": 1}]
 BAD += [{"num_atoms": 11, "distributional": False}, {"double": False, "distributional": False}]
 
 
@@ -338,7 +334,7 @@ def test_bad_arguments(refused, data, overrides):
 
 
 def networks(args: Args) -> list[QNetwork]:
-    """Two that do not agree, and are far from indifferent."""
+    """Return two different networks whose Q-values differ clearly between actions."""
     torch.manual_seed(0)
     both = [QNetwork(args, (4, *FRAME), 3) for _ in range(2)]
     for network in both:
@@ -352,8 +348,8 @@ def random_batch(B: int = 8) -> Batch:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 4.0])
-def test_cql_loss_is_numpy_s(tmp_path, alpha):
-    args = small(tmp_path, distributional=False, cql_alpha=alpha)
+def test_cql_loss_equals_numpy(tmp_path, alpha):
+    args = small_args(tmp_path, distributional=False, cql_alpha=alpha)
     (q_network, target_network), batch = networks(args), random_batch()
     loss, metrics, _ = td_loss(q_network, target_network, batch, args)
     q = q_network.q_values(batch.obs).detach().double().numpy()
@@ -365,12 +361,12 @@ def test_cql_loss_is_numpy_s(tmp_path, alpha):
     expected = {"td_loss": huber, "cql_loss": cql, "q_data": q_data.mean(), "q_greedy": q.max(axis=1).mean()}
     expected["loss"] = huber + alpha * cql
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == metrics["loss"].item() and 0 < (abs(error) < 1).sum() < 8  # both sides of Huber's loss
+    assert loss.item() == metrics["loss"].item() and 0 < (abs(error) < 1).sum() < 8  # both branches of the Huber loss
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_distributional_loss_is_rainbow_s_plus_cql(tmp_path, double):
-    args = small(tmp_path, double=double, cql_alpha=0.5)
+def test_distributional_loss_equals_rainbow_plus_cql(tmp_path, double):
+    args = small_args(tmp_path, double=double, cql_alpha=0.5)
     (q_network, target_network), batch = networks(args), random_batch()
     loss, metrics, _ = td_loss(q_network, target_network, batch, args)
     rainbow = rainbow_softmoe.Args(double=double, noisy=False)
@@ -386,7 +382,7 @@ def test_distributional_loss_is_rainbow_s_plus_cql(tmp_path, double):
 
 
 class Catcher(nn.Module):
-    """Goes to where the ball is in the newest frame."""
+    """A Q-network that moves the paddle to the ball in the newest frame."""
 
     def __init__(self):
         super().__init__()
@@ -396,22 +392,22 @@ class Catcher(nn.Module):
         assert not self.training
         board = obs[:, -1, ::2, ::2].long()  # (N, 6, 6)
         ball = (board == 255).any(dim=1).long().argmax(dim=1)
-        way = ball - (board[:, -1] == 128).long().argmax(dim=1)
+        direction = ball - (board[:, -1] == 128).long().argmax(dim=1)
         paddle_is_covered = ~(board[:, -1] == 128).any(dim=1)
-        return nn.functional.one_hot(torch.where(paddle_is_covered, 0, way.sign()) + 1, 3).float()
+        return nn.functional.one_hot(torch.where(paddle_is_covered, 0, direction.sign()) + 1, 3).float()
 
 
 @pytest.mark.parametrize("eval_steps, games", [(1, 3), (60, 3), (61, 6), (120, 6), (121, 9)])
 def test_evaluation_plays_its_steps_and_every_last_game_to_its_end(tmp_path, eval_steps, games):
-    """Games of 20 steps of a player who sees where the ball is, three at once."""
-    args = small(tmp_path, eval_steps=eval_steps, eval_epsilon=0.0)
-    envs, network, random = Environments(args, 3), Catcher(), torch.get_rng_state()
+    """Three games of 20 steps run at once. The policy catches the balls, unless its actions are random."""
+    args = small_args(tmp_path, eval_steps=eval_steps, eval_epsilon=0.0)
+    envs, network, random_state = Environments(args, 3), Catcher(), torch.get_rng_state()
     returns = evaluate(network, args, envs, 0, threading.Event())
     assert len(returns) == games and np.mean(returns) > 2.5 and network.training
-    assert returns == evaluate(network, args, envs, 0, threading.Event())  # from its seed alone
-    assert torch.equal(torch.get_rng_state(), random)
-    blind = evaluate(network, replace(args, eval_epsilon=1.0), envs, 0, threading.Event())
-    assert np.mean(blind) < 1
+    assert returns == evaluate(network, args, envs, 0, threading.Event())  # the seed determines them
+    assert torch.equal(torch.get_rng_state(), random_state)
+    random_returns = evaluate(network, replace(args, eval_epsilon=1.0), envs, 0, threading.Event())
+    assert np.mean(random_returns) < 1
     stop = threading.Event()
     stop.set()
     assert evaluate(network, args, envs, 0, stop) == []
@@ -420,8 +416,8 @@ def test_evaluation_plays_its_steps_and_every_last_game_to_its_end(tmp_path, eva
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-def record(folder: Path, steps: int, skill: float) -> float:
-    """Steps of a policy that moves towards the ball with this chance and else stays; returns its mean return."""
+def write_policy_data(folder: Path, steps: int, skill: float) -> float:
+    """Write steps of a policy that moves towards the ball with probability `skill`, else stays. Returns its score."""
     env, rng, rows, returns = gym.make(GAME).unwrapped, np.random.default_rng(0), [], [0.0]
     frame, _ = env.reset(seed=1)
     for _ in range(steps):
@@ -433,37 +429,38 @@ def record(folder: Path, steps: int, skill: float) -> float:
         if terminated:
             returns.append(0.0)
             frame, _ = env.reset()
-    write(folder, rows, [500] * (steps // 500))
+    write_segments(folder, rows, [500] * (steps // 500))
     return np.mean(returns[:-1])
 
 
 @pytest.fixture(scope="module")
-def mediocre(tmp_path_factory) -> Path:
+def weak_data(tmp_path_factory) -> Path:
+    """A folder with data of a policy that gets less than 60% of the best return."""
     folder = tmp_path_factory.mktemp("mediocre") / "data"
-    assert record(folder, 8_000, 0.4) < 0.6 * 4
+    assert write_policy_data(folder, 8_000, 0.4) < 0.6 * 4
     return folder
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing gets to clean up."""
+    """Stands for SIGKILL: the script does not catch it."""
 
 
-def left_behind(run_dir: Path) -> tuple:
-    """What a run's future depends on, and its records but the speed."""
+def final_state(run_dir: Path) -> tuple:
+    """Return the tensors and the progress of a run's checkpoint, and its records without speeds."""
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     flat = [*state["q_network"].values(), *state["target_network"].values(), *state["random"]]
     flat += [value for part in state["optimizer"]["state"].values() for value in part.values()]
-    del state["progress"]["rows"]  # those of metrics.csv
+    del state["progress"]["rows"]  # the records below, with speeds
     return flat, state["progress"], [row | {"ups": ""} for row in read_csv(run_dir / "metrics.csv")]
 
 
 @pytest.mark.parametrize(
     "how, distributional", [("killed", True), ("killed", False), ("signal", True), ("in evaluation", True)]
 )
-def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how, distributional, monkeypatch):
-    """After a kill from the checkpoint at 15; after a signal at once, an interrupted evaluation is repeated."""
-    settings = {"dataset_dir": str(mediocre), "distributional": distributional, "checkpoint_every": 15}
-    unbroken, broken = (small(tmp_path, **settings, runs_dir=str(tmp_path / name)) for name in "ab")
+def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, weak_data, how, distributional, monkeypatch):
+    """A killed run resumes from update 15, a stopped one from update 20. An interrupted evaluation is repeated."""
+    settings = {"dataset_dir": str(weak_data), "distributional": distributional, "checkpoint_every": 15}
+    unbroken, broken = (small_args(tmp_path, **settings, runs_dir=str(tmp_path / name)) for name in "ab")
     main(unbroken)
 
     def broken_log(log, update, values, original=cql_softmoe.RunLog.update):
@@ -486,11 +483,11 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how
     assert how == "killed" or stop.value.code == 75
     progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
     assert progress["update"] == (15 if how == "killed" else 20)
-    assert len(read_csv(run_dir / "metrics.csv")) == (how == "killed")  # a row of the future of update 15
+    assert len(read_csv(run_dir / "metrics.csv")) == (how == "killed")  # the row of update 20
     del stop
-    gc.collect()  # the lock of the run that was killed
+    gc.collect()  # release the lock of the killed run
     main(replace(broken, resume="auto"))
-    (a, *records), (b, *others) = left_behind(only_run(tmp_path / "a")), left_behind(run_dir)
+    (a, *records), (b, *others) = final_state(only_run(tmp_path / "a")), final_state(run_dir)
     assert all(map(torch.equal, a, b)) and len(a) == len(b) and records == others
     rows = records[-1]
     assert [row["updates"] for row in rows] == ["20", "40"] and int(rows[0]["episodes"]) >= 3
@@ -499,7 +496,7 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, mediocre, how
 
 
 def test_a_run_may_end_where_a_signal_stopped_it(tmp_path, data, monkeypatch):
-    """The last update is evaluated then, and the iterations have no gap in their numbers."""
+    """The update at which it stopped is then evaluated, and the iterations are numbered without a gap."""
     learn, calls = cql_softmoe.Agent.learn, itertools.count(1)
     monkeypatch.setattr(
         cql_softmoe.Agent,
@@ -507,17 +504,17 @@ def test_a_run_may_end_where_a_signal_stopped_it(tmp_path, data, monkeypatch):
         lambda agent: (next(calls) != 27 or os.kill(os.getpid(), signal.SIGTERM), learn(agent))[1],
     )
     with pytest.raises(SystemExit):
-        main(small(tmp_path))
+        main(small_args(tmp_path))
     run_dir = only_run(tmp_path / "runs")
     for total_updates in (27, 60):
-        main(small(tmp_path, resume=str(run_dir), total_updates=total_updates))
+        main(small_args(tmp_path, resume=str(run_dir), total_updates=total_updates))
     rows = read_csv(run_dir / "metrics.csv")
     assert [(row["iteration"], row["updates"]) for row in rows] == [("0", "20"), ("1", "27"), ("2", "40"), ("3", "60")]
-    assert len({row["td_loss"] for row in rows}) == 4  # each of its own update
+    assert len({row["td_loss"] for row in rows}) == 4  # each row has the loss of its own update
 
 
 def test_resume_auto_leaves_a_finished_run_alone(tmp_path, data, capsys):
-    args = small(tmp_path, resume="auto", total_updates=20)
+    args = small_args(tmp_path, resume="auto", total_updates=20)
     main(args)  # a new run
     run_dir = only_run(tmp_path / "runs")
     before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != "lock"}
@@ -530,10 +527,10 @@ def test_resume_auto_leaves_a_finished_run_alone(tmp_path, data, capsys):
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, data, capsys):
-    args = small(tmp_path, total_updates=20)
+    args = small_args(tmp_path, total_updates=20)
     main(args)
     resume = replace(args, resume=str(only_run(tmp_path / "runs")), total_updates=40)
-    data.rename(tmp_path / "moved")  # the same at another place is fine
+    data.rename(tmp_path / "moved")  # the same data may be moved
     main(replace(resume, dataset_dir=str(tmp_path / "moved")))
     (tmp_path / "moved" / "000000000080.npz").unlink()
     capsys.readouterr()
@@ -548,22 +545,22 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path, data, capsys):
 @pytest.mark.parametrize("replay_device", ["auto", "cpu"])
 def test_trains_and_resumes_on_a_gpu(tmp_path, data, distributional, compile, cuda_graphs, replay_device):
     switches = {"cuda": True, "compile": compile, "cuda_graphs": cuda_graphs, "replay_device": replay_device}
-    args = small(tmp_path, distributional=distributional, **switches)
+    args = small_args(tmp_path, distributional=distributional, **switches)
     main(args)
     run_dir = only_run(tmp_path / "runs")
-    main(replace(args, resume=str(run_dir), total_updates=60, cuda=False))  # and on another device
+    main(replace(args, resume=str(run_dir), total_updates=60, cuda=False))  # on another device
     rows = read_csv(run_dir / "metrics.csv")
     assert [row["updates"] for row in rows] == ["20", "40", "60"]
     assert all(np.isfinite(float(row["td_loss"])) for row in rows)
 
 
-def test_cql_is_better_than_its_data_and_than_plain_dqn(tmp_path, mediocre):
-    """On data that shows few of the actions of each state."""
+def test_cql_is_better_than_its_data_and_than_plain_dqn(tmp_path, weak_data):
+    """The data has few of the actions in each state."""
     scores = []
     for alpha in (0.3, 0.0):
-        run = {"dataset_dir": str(mediocre), "distributional": False, "cql_alpha": alpha, "run_name": f"alpha{alpha}"}
+        run = {"dataset_dir": str(weak_data), "distributional": False, "cql_alpha": alpha, "run_name": f"alpha{alpha}"}
         run |= {"n_step": 1, "gamma": 0.9, "learning_rate": 1e-3, "layer": "dense", "num_experts": 1}
         run |= {"expert_hidden_dim": 64, "target_network_frequency": 100, "eval_steps": 400}
-        main(small(tmp_path, **run, total_updates=1_250, iteration_updates=1_250))
+        main(small_args(tmp_path, **run, total_updates=1_250, iteration_updates=1_250))
         scores.append(float(read_csv(tmp_path / "runs" / f"alpha{alpha}" / "metrics.csv")[-1]["mean_return"]))
     assert scores[0] >= 0.75 * 4 and scores[0] > scores[1]
