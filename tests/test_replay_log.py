@@ -1,4 +1,4 @@
-"""`--save-replay`: segments on disk against what went through the ring; kills and full disks while they are written."""
+"""Tests of --save-replay: segments on the disk equal what the ring got, also after kills and full disks."""
 
 import gc
 import hashlib
@@ -22,8 +22,8 @@ import cql_softmoe
 import dqn_softmoe
 
 
-def read(folder: Path) -> dict[str, np.ndarray]:
-    """All segments side by side, (N, rows, ...); they follow each other without a gap and are whole."""
+def read_segments(folder: Path) -> dict[str, np.ndarray]:
+    """Return the arrays (N, rows, ...) of all segments, which must follow each other without a gap."""
     step, parts = 0, []
     for path in sorted(folder.glob("*.npz")):
         assert path.name == f"{step:012d}.npz"
@@ -33,9 +33,9 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
-def check(folder: Path, oracle: Oracle):
-    """What is there is what went through the ring, and nothing beside it."""
-    arrays = read(folder)
+def check_segments(folder: Path, oracle: Oracle):
+    """Check that the segments hold the rows of the oracle, and that the folder has no other files."""
+    arrays = read_segments(folder)
     lanes = [[np.array(column) for column in zip(*lane, strict=True)] for lane in oracle.lanes]
     for name, *expected in zip(dqn_softmoe.ReplayBuffer.FIELDS, *lanes, strict=True):
         np.testing.assert_array_equal(arrays[name], np.stack(expected))
@@ -46,8 +46,8 @@ def check(folder: Path, oracle: Oracle):
 
 
 @pytest.fixture
-def rows_of(monkeypatch):
-    """Call with a script and N: an oracle that sees what its runs' rings see; raw rewards are three times as large."""
+def record_rows(monkeypatch):
+    """Return a function that makes an oracle get all rows of a script's ring. Raw rewards are multiplied by 3."""
 
     def record(script, num_envs: int) -> Oracle:
         oracle, ring, recv = Oracle(num_envs, 1), script.ReplayBuffer, script.Environments.recv
@@ -61,7 +61,7 @@ def rows_of(monkeypatch):
     return record
 
 
-def settings(tmp_path, **overrides) -> dict:
+def quick_settings(tmp_path, **overrides) -> dict:
     return quick(runs_dir=str(tmp_path), save_replay=True, eval_episodes=0, learning_starts=500, **overrides)
 
 
@@ -69,34 +69,34 @@ def settings(tmp_path, **overrides) -> dict:
     "script, num_envs, buffer_size, checkpoint_every, segment_steps, first",
     [
         ("dqn_softmoe", 1, 1_000, 0, 130, [0, 130, 260, 390, 520]),
-        ("dqn_softmoe", 3, 100, 250, 50_000, [0, 99, 198, 252, 297, 396, 495, 501, 594]),  # the ring is the limit
+        ("dqn_softmoe", 3, 100, 250, 50_000, [0, 99, 198, 252, 297, 396, 495, 501, 594]),  # the ring limits a segment
         ("rainbow_softmoe", 4, 102, 200, 1_000, [0, 100, 200, 300, 400, 500]),
         ("der_softmoe", 2, 1_000, 300, 50_000, [0, 300]),
     ],
 )
-def test_segments_are_what_went_through_the_ring(
-    tmp_path, monkeypatch, rows_of, script, num_envs, buffer_size, checkpoint_every, segment_steps, first
+def test_segments_equal_what_the_ring_got(
+    tmp_path, monkeypatch, record_rows, script, num_envs, buffer_size, checkpoint_every, segment_steps, first
 ):
     script = importlib.import_module(script)
     monkeypatch.setattr(script, "SEGMENT_STEPS", segment_steps)
-    oracle = rows_of(script, num_envs)
+    oracle = record_rows(script, num_envs)
     sizes = {"num_envs": num_envs, "buffer_size": buffer_size, "checkpoint_every": checkpoint_every}
-    script.main(script.Args(**settings(tmp_path, **sizes)))
+    script.main(script.Args(**quick_settings(tmp_path, **sizes)))
     folder = only_run(tmp_path) / "replay"
-    check(folder, oracle)
+    check_segments(folder, oracle)
     assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == first
     assert len(oracle.lanes[0]) == 600 // num_envs and oracle.lanes[0][-1].truncated != oracle.lanes[0][-1].terminated
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing gets to clean up."""
+    """Stands for SIGKILL: the script does not catch it."""
 
 
-def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monkeypatch, rows_of):
-    """Also where segments began at a second checkpoint, which could not be written and is not made again."""
+def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monkeypatch, record_rows):
+    """The first run also starts a segment at step 380, for a checkpoint that fails. The resumed run has none there."""
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)
-    oracle, save = rows_of(dqn_softmoe, 1), dqn_softmoe.Agent.save
-    args = dqn_softmoe.Args(**settings(tmp_path, checkpoint_every=190, num_envs=1, iteration_steps=500))
+    oracle, save = record_rows(dqn_softmoe, 1), dqn_softmoe.Agent.save
+    args = dqn_softmoe.Args(**quick_settings(tmp_path, checkpoint_every=190, num_envs=1, iteration_steps=500))
 
     def save_once(agent, path, progress):
         if progress["global_step"] > 190:
@@ -111,14 +111,15 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monke
         patch.setattr(dqn_softmoe.RunLog, "iteration", die)
         dqn_softmoe.main(args)
     folder = only_run(tmp_path) / "replay"
-    wait_for((folder / "000000000380.npz").exists, "a segment, whose thread is still at work")
+    wait_for((folder / "000000000380.npz").exists, "the segment that the thread still writes")
     del oracle.lanes[0][190:]
     args.resume, args.checkpoint_every = str(folder.parent), 0
     dqn_softmoe.main(args)
-    check(folder, oracle)
+    check_segments(folder, oracle)
     assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == [0, 120, 190, 240, 360, 480]
 
 
+# Writes each segment in two halves, and waits between the halves of the file with WAIT_AT in its name.
 IN_HALVES = """
 import io, os, sys, time, numpy as np, dqn_softmoe
 
@@ -137,7 +138,7 @@ dqn_softmoe.main(dqn_softmoe.parse_args())
 
 
 def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path):
-    """A process of its own, killed between the two halves of the file of the segment after its checkpoint."""
+    """A process is killed between the two halves of the segment that follows its checkpoint."""
     flags = "--env-id pixel_game:PixelCatch-v0 --no-cuda --encoder nature --expert-hidden-dim 8 --eval-episodes 0"
     flags += " --save-replay --resume auto --buffer-size 400 --checkpoint-every 1000"
     flags += " --total-timesteps 1600 --learning-starts 1600"
@@ -151,78 +152,78 @@ def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path
     assert run.wait() == -signal.SIGKILL
     folder = only_run(tmp_path) / "replay"
     assert len(list(folder.glob("*.tmp"))) == 1 and (folder.parent / "checkpoint.pt").exists()
-    assert read(folder)["action"].size >= 1000
+    assert read_segments(folder)["action"].size >= 1000
     subprocess.run(line, check=True, env=environment | {"WAIT_AT": "nowhere"}, **quiet)
-    arrays = read(folder)
+    arrays = read_segments(folder)
     assert arrays["action"].shape == (4, 400) and not list(folder.glob("*.tmp"))
-    assert np.flatnonzero(arrays["truncated"].any(axis=0)).tolist() == [249, 399]  # the checkpoints
+    assert np.flatnonzero(arrays["truncated"].any(axis=0)).tolist() == [249, 399]  # cut by the checkpoints
 
 
-def test_a_round_that_fails_after_a_segment_leaves_no_splice(tmp_path, monkeypatch):
-    """The newest row is cut by the checkpoint that the failure makes, so no segment may have it already."""
+def test_a_round_that_fails_after_a_segment_does_not_join_two_games(tmp_path, monkeypatch):
+    """The checkpoint after the failure cuts the newest row, so no segment may already contain that row."""
     rounds, original = [], dqn_softmoe.RunLog.round
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 100)
 
     def fails_once(*arguments):
         rounds.append(1)
-        if len(rounds) == 51:  # with 4 environments the first round after step 200
+        if len(rounds) == 51:  # the first round after step 200, with 4 environments
             raise OSError("full")
         original(*arguments)
 
     monkeypatch.setattr(dqn_softmoe.RunLog, "round", fails_once)
-    args = dqn_softmoe.Args(**settings(tmp_path, num_envs=4))
+    args = dqn_softmoe.Args(**quick_settings(tmp_path, num_envs=4))
     with pytest.raises(SystemExit, match="2"):
         dqn_softmoe.main(args)
-    gc.collect()  # the lock, which the traceback holds
+    gc.collect()  # release the lock, which the traceback holds
     run = only_run(tmp_path)
     args.resume = str(run)
     dqn_softmoe.main(args)
-    steps = read(run / "replay")
+    steps = read_segments(run / "replay")
     assert (steps["terminated"] | steps["truncated"])[:, 204 // 4 - 1].all()
 
 
-def full(file: io.IOBase, **_):
+def fail_disk(file: io.IOBase, **_):
     file.write(b"PK")
     raise OSError(28, "No space left on device")
 
 
 def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(np, "savez_compressed", fail_disk)
     with pytest.raises(SystemExit) as stop:
-        dqn_softmoe.main(dqn_softmoe.Args(**settings(tmp_path, buffer_size=100)))
+        dqn_softmoe.main(dqn_softmoe.Args(**quick_settings(tmp_path, buffer_size=100)))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(lines) == 1 and "No space left on device" in lines[0]
     assert [path.name for path in (only_run(tmp_path) / "replay").iterdir()] == ["metadata.json"]
     assert not (only_run(tmp_path) / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("lost", [3, 5])  # the one that the second checkpoint writes is the fifth
-def test_nothing_is_missing_after_a_disk_was_full_for_a_while(tmp_path, monkeypatch, rows_of, lost):
-    """The run goes on from its last checkpoint, which is not one after the segment that was lost."""
+@pytest.mark.parametrize("lost", [3, 5])  # the second checkpoint writes the fifth
+def test_nothing_is_missing_after_a_disk_was_full_for_a_while(tmp_path, monkeypatch, record_rows, lost):
+    """The run resumes from a checkpoint that was written before the segment was lost."""
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)
-    oracle, calls, save = rows_of(dqn_softmoe, 4), [], np.savez_compressed
-    args = dqn_softmoe.Args(**settings(tmp_path, checkpoint_every=200))
+    oracle, calls, save = record_rows(dqn_softmoe, 4), [], np.savez_compressed
+    args = dqn_softmoe.Args(**quick_settings(tmp_path, checkpoint_every=200))
 
     def full_once(file, **arrays):
         calls.append(1)
-        (full if len(calls) == lost else save)(file, **arrays)
+        (fail_disk if len(calls) == lost else save)(file, **arrays)
 
     monkeypatch.setattr(np, "savez_compressed", full_once)
     with pytest.raises(SystemExit):
         dqn_softmoe.main(args)
-    gc.collect()  # the lock of the run that failed
+    gc.collect()  # release the lock of the run that failed
     args.resume = str(only_run(tmp_path))
     for lane in oracle.lanes:
         del lane[50:]
     dqn_softmoe.main(args)
-    check(only_run(tmp_path) / "replay", oracle)
+    check_segments(only_run(tmp_path) / "replay", oracle)
 
 
 @pytest.mark.parametrize("num_envs, n_step", [(1, 1), (3, 3)])
 def test_cql_reads_what_the_ring_holds(tmp_path, num_envs, n_step):
-    """Every transition with its stacks, return, discount and bootstrap frame, at the same place."""
+    """Every transition has the same place, stacks, return, discount and bootstrap frame."""
     sizes = {"num_envs": num_envs, "n_step": n_step, "checkpoint_every": 200, "learning_starts": 200}
-    args = dqn_softmoe.Args(**settings(tmp_path) | sizes)
+    args = dqn_softmoe.Args(**quick_settings(tmp_path) | sizes)
     dqn_softmoe.main(args)
     run_dir = only_run(tmp_path)
     ring = dqn_softmoe.ReplayBuffer(args.buffer_size, num_envs, (12, 12), n_step=n_step)
@@ -231,14 +232,12 @@ def test_cql_reads_what_the_ring_holds(tmp_path, num_envs, n_step):
     data = cql_softmoe.Dataset(*cql_softmoe.open_dataset(offline, cql_softmoe.Environments(offline, 1)), n_step=n_step)
     places, all_places = ring.weight.nonzero()[:, 0], data.drawable
     assert len(places) > 400 and set(places.tolist()) <= set(all_places.tolist())
-    later = all_places[~torch.isin(all_places, places)]
-    assert later.tolist() == [
-        p for p in range(600 - n_step * num_envs, 600) if not data.truncated[p]
-    ]  # still open there
+    incomplete = all_places[~torch.isin(all_places, places)]  # their n-step windows are incomplete in the ring
+    assert incomplete.tolist() == [p for p in range(600 - n_step * num_envs, 600) if not data.truncated[p]]
     for name, one, other in zip(dqn_softmoe.Batch._fields, ring.gather(places), data.gather(places), strict=True):
         assert torch.equal(one, other) or name == "next_obs", name
-    going_on = ring.gather(places).discount > 0
-    assert torch.equal(ring.gather(places).next_obs[going_on], data.gather(places).next_obs[going_on])
+    bootstraps = ring.gather(places).discount > 0
+    assert torch.equal(ring.gather(places).next_obs[bootstraps], data.gather(places).next_obs[bootstraps])
 
 
 def test_metadata_says_what_was_played(tmp_path):
