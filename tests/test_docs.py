@@ -1,4 +1,4 @@
-"""What the four READMEs say of commands, flags, files, the layer and the console is what the code says and does."""
+"""Tests of the four READMEs: their commands, flags, files, code blocks and console output agree with the code."""
 
 import importlib
 import os
@@ -20,30 +20,31 @@ README = TEXTS["README.md"]
 SCRIPTS = [*AGENTS, "cql_softmoe"]
 BASH = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
 COMMANDS = {re.sub(r"\s+# .*", "", line).strip() for block in BASH for line in block.replace("\\\n", "").splitlines()}
-PAST = ("cleanrl/", "scripts/fig12_low_data.sh")  # of other repositories, and of the commits that records name
+PAST = ("cleanrl/", "scripts/fig12_low_data.sh")  # in other repositories, and in the commits of old records
 COMMANDS = sorted(command for command in COMMANDS if not any(name in command for name in PAST))
 
 
 def words_of(command: str) -> list[str]:
-    """The words of a command, without the variables before it and the file or command behind it."""
+    """Return the words of a command, without variables before it, redirections and further commands."""
     words = shlex.split(re.split(r" [>&|]+ ", command)[0])
     return words[next(i for i, word in enumerate(words) if "=" not in word or word.startswith("-")) :]
 
 
 def agent_commands() -> list[list[str]]:
+    """Return the words of each command that starts an agent, directly or through doctor.py."""
     found = (words_of(command) for command in COMMANDS if "_softmoe.py" in command)
     return [words[words.index("python", 1) :] if "scripts/doctor.py" in words else words for words in found]
 
 
 @pytest.mark.parametrize("words", agent_commands(), ids=" ".join)
-def test_every_command_of_an_agent_is_one_that_it_takes(words, monkeypatch):
+def test_every_command_of_an_agent_is_valid(words, monkeypatch):
     script = importlib.import_module(words[1].removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", words[1:])
     script.check_args(script.parse_args())
 
 
 def options(script):
-    """Flags of a file in scripts/: those that its text names, fields of its Options, and their opposites."""
+    """Return the flags of a file in scripts/: those in its text, fields of its dataclasses, and their --no- forms."""
     text = script.read_text()
     found = set(re.findall(r"--?[a-z][\w-]*", text))
     found |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+):", text, re.MULTILINE)}
@@ -61,7 +62,7 @@ def test_every_option_of_a_script_exists():
 
 
 def test_the_list_of_a_figure_is_checked_and_shown(tmp_path):
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # so that `python` is this interpreter
     environment = os.environ | {"PATH": path, "GAMES": "Pong", "SEEDS": "1"}
     command = f"scripts/figure.sh 12 > {tmp_path}/list && scripts/sweep.sh --dry-run {tmp_path}/list"
     shown = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -69,11 +70,11 @@ def test_the_list_of_a_figure_is_checked_and_shown(tmp_path):
 
 
 def defaults(script):
-    """Flag -> default as the README writes it."""
-    show = {type(None): lambda _: "none", int: "{:,}".format, float: "{:g}".format}
+    """Return the default of each flag, as the README writes it."""
+    formats = {type(None): lambda _: "none", int: "{:,}".format, float: "{:g}".format}
     args = importlib.import_module(script).Args()
     values = {f"--{f.name.replace('_', '-')}": getattr(args, f.name) for f in fields(args)}
-    return {name: show.get(type(value), str)(value) for name, value in values.items()}
+    return {name: formats.get(type(value), str)(value) for name, value in values.items()}
 
 
 def test_the_table_of_flags_has_their_defaults():
@@ -112,7 +113,7 @@ def test_the_start_block_in_the_readme_is_what_the_script_prints(tmp_path, monke
     dqn = importlib.import_module("dqn_softmoe")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dqn, "free_memory", lambda: float("inf"))
-    monkeypatch.setattr(dqn.RunLog, "__init__", lambda *_: os.stat("no file"))  # the block is printed just before
+    monkeypatch.setattr(dqn.RunLog, "__init__", lambda *_: os.stat("no file"))  # the run ends after the block
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(SystemExit):
         dqn.main(dqn.Args(cuda=False))

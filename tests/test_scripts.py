@@ -1,4 +1,4 @@
-"""The scripts repeat each other to the letter: what they share cannot drift apart, and they stay short."""
+"""Tests of the scripts' source: definitions that they share are identical, all names are used, files stay short."""
 
 import ast
 import difflib
@@ -9,7 +9,7 @@ import sys
 import pytest
 from runs import ROOT
 
-# Lines, which may be passed by 5%: of a file, of the longest function but `main`, and that differ between two files.
+# Numbers of lines, with a tolerance of 5%: of a file, of the longest function, of `main`, and of a diff of two files.
 BUDGETS = {
     "moe_layers.py": 570,
     "dqn_softmoe.py": 1_001,
@@ -22,8 +22,8 @@ BUDGETS = {
     "rainbow_softmoe.py -> der_softmoe.py": 60,
 }
 SCRIPTS = ["dqn_softmoe.py", "rainbow_softmoe.py", "der_softmoe.py", "cql_softmoe.py"]
-# A script, those whose text it repeats, and what it has in words of its own although one of them has that name too.
-# `QNetwork` is the class without its methods, `QNetwork.forward` a method. CQL's `Dataset` counts as a `ReplayBuffer`.
+# A script, the scripts whose definitions it repeats, and the definitions of the same name that differ on purpose.
+# `QNetwork` is the class without its methods, and `QNetwork.forward` a method. CQL's `Dataset` is its `ReplayBuffer`.
 ITS_OWN = [
     (
         "rainbow_softmoe.py",
@@ -40,7 +40,7 @@ ITS_OWN = [
         "RunLog.update RunLog.iteration describe LOG_EVERY due checkpoint finish main",
     ),
 ]
-# Flags of `cql_softmoe.py` whose help must differ: they count updates, or depend on the loss.
+# Flags of cql_softmoe.py whose help must differ, because they count updates or depend on the loss.
 HELP_OF_ITS_OWN = """
 checkpoint_every weights_every compile cuda_graphs num_envs terminal_on_life_loss n_step replay_device learning_rate
 adam_eps target_network_frequency distributional double dueling
@@ -59,7 +59,7 @@ def lines(script):
 
 @functools.cache
 def definitions(script):
-    """Name -> source, in order: functions, classes without their methods, methods, constants, imports, headings."""
+    """Return the sources of functions, classes without methods, methods, constants, imports, headings, by name."""
     found = [(n, line, line) for n, line in enumerate(lines(script), 1) if line.startswith("# ---")]
 
     def add(name, node, without=()):
@@ -84,16 +84,16 @@ def definitions(script):
         else:
             assert isinstance(node, ast.Expr) and node.lineno == 1 or isinstance(node, ast.If)
             add("docstring" if isinstance(node, ast.Expr) else "start", node)
-    assert len({name for _, name, _ in found}) == len(found)  # nothing stands there twice
+    assert len({name for _, name, _ in found}) == len(found)  # all names are unique
     return {name: text for _, name, text in sorted(found)}
 
 
 @pytest.mark.parametrize("script, others, own", ITS_OWN)
-def test_shared_definitions_are_the_same_to_the_letter(script, others, own):
+def test_shared_definitions_are_identical(script, others, own):
     others, found = [definitions(other) for other in others], definitions(script)
-    twice = {name for name in found if any(name in other for other in others)} - {"docstring"}
-    assert len(twice) > 60
-    assert {name for name in twice if found[name] not in [other.get(name) for other in others]} == set(own.split())
+    shared = {name for name in found if any(name in other for other in others)} - {"docstring"}
+    assert len(shared) > 60
+    assert {name for name in shared if found[name] not in [other.get(name) for other in others]} == set(own.split())
 
 
 @pytest.mark.parametrize("script, others, own", ITS_OWN)
@@ -103,11 +103,12 @@ def test_sections_and_definitions_have_the_same_order(script, others, own):
         two = ["# replay" if name == "# data" else name for name in two]
         assert [name for name in one if name in two] == [name for name in two if name in one]
         assert [name for name in one if name[0] == "#"] == [name for name in two if name[0] == "#"]
-        if script != "cql_softmoe.py":  # it only adds
+        if script != "cql_softmoe.py":  # the other scripts only add definitions
             assert set(one) <= set(two)
 
 
 def measure(what):
+    """Return the number of lines of a file, of the longest function or `main`, or of a diff ("one -> other")."""
     if "->" in what:
         return sum(line[0] in "+-" for line in difflib.ndiff(*map(lines, what.split(" -> "))))
     if what.endswith(".py"):
@@ -133,7 +134,7 @@ def test_scripts_import_the_required_packages_and_the_layers_alone():
 
 
 def flags(script):
-    """Flag -> help text, the comment at the end of its line."""
+    """Return the help text of each flag, which is the comment at the end of its line."""
     fields = next(node for node in parse(script).body if isinstance(node, ast.ClassDef) and node.name == "Args").body
     fields = [field for field in fields if isinstance(field, ast.AnnAssign)]
     sources = {field.target.id: lines(script)[field.lineno - 1 : field.end_lineno] for field in fields}
@@ -151,22 +152,16 @@ def test_a_flag_has_the_same_help_in_every_script():
 def test_every_argument_parameter_and_definition_is_used(script):
     own = [node for node in parse(script).body if getattr(node, "name", "") not in ("Args", "check_args")]
     nodes = [node for part in own for node in ast.walk(part)]
-    read = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
-    assert [
-        name for name in flags(script) if not any(ast.unparse(node).endswith(f"args.{name}") for node in read)
-    ] == []
+    nodes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
+    read = [ast.unparse(node) for node in nodes]
+    assert [name for name in flags(script) if not any(text.endswith(f"args.{name}") for text in read)] == []
     for function in (node for node in ast.walk(parse(script)) if isinstance(node, ast.FunctionDef)):
         names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
         arguments = [node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)]
         assert [name for name in arguments if name not in names | {"self", "_"}] == [], function.name
-    used = {
-        node.id for node in ast.walk(parse(script)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-    used |= {node.attr for node in ast.walk(parse(script)) if isinstance(node, ast.Attribute)} | {
-        "forward",
-        "docstring",
-        "start",
-        "ReplayBuffer",
-    }
+    used = {"forward", "docstring", "start", "ReplayBuffer"}  # these are not used by name
+    nodes = list(ast.walk(parse(script)))
+    used |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names = [name.split(".")[-1] for name in definitions(script) if re.fullmatch(r"[\w.]+", name)]
     assert [name for name in names if name not in used and not name.startswith("__")] == []
