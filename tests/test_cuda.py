@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs compute what eager code computes, and nothing in them waits."""
+"""Tests that need a GPU: CUDA graphs compute what eager code computes, and nothing waits for the device."""
 
 import gc
 import json
@@ -21,18 +21,18 @@ ENVS = SimpleNamespace(frame_shape=(84, 84), num_actions=4)
 
 @pytest.fixture(autouse=True)
 def compile_afresh():
-    torch._dynamo.reset()  # one process compiles a function for a few agents only
-    gc.collect()  # an agent's graphs are parts of cycles, and must not end within another capture
-    with torch._inductor.config.patch(fallback_random=True):  # compiled code draws what eager code does
+    torch._dynamo.reset()  # a process compiles each function only a few times
+    gc.collect()  # graphs are in reference cycles, and must not be freed during another capture
+    with torch._inductor.config.patch(fallback_random=True):  # compiled code draws the same numbers as eager code
         yield
 
 
-def learner(script, cuda_graphs, **settings):
-    """An agent with 300 rows of noise in its replay."""
+def make_agent(script, cuda_graphs, **settings):
+    """Return an agent with 300 random rows in its replay."""
     torch.manual_seed(0)
     small = {"encoder": "nature", "num_experts": 4, "expert_hidden_dim": 64, "buffer_size": 4000, "num_envs": 4}
     agent = script.Agent(script.Args(**{"compile": False} | small | settings, cuda_graphs=cuda_graphs), ENVS)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # sums in one order, of float32
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # deterministic sums
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def learner(script, cuda_graphs, **settings):
     return agent
 
 
-# A compiled loss may draw its noise in another order than an eager one.
+# A compiled loss may draw noise in another order than an eager one, so Rainbow is compiled without noise.
 LEARNERS = [(dqn_softmoe, {}), (dqn_softmoe, {"compile": True}), (dqn_softmoe, {"replay_device": "cpu"})]
 LEARNERS += [(rainbow_softmoe, {}), (rainbow_softmoe, {"compile": True, "noisy": False}), (der_softmoe, {})]
 LEARNERS += [(der_softmoe, {"augment": True}), (rainbow_softmoe, {"double": False, "dueling": False})]
@@ -51,24 +51,27 @@ LEARNERS += [(der_softmoe, {"augment": True}), (rainbow_softmoe, {"double": Fals
 @pytest.mark.parametrize("layer", ["softmoe", "top1moe", "dense"])
 @pytest.mark.parametrize("script, settings", LEARNERS)
 def test_graphs_compute_what_eager_code_computes(script, layer, settings):
-    """To the bit. Compiled code rounds otherwise, which grows: it is compared early; an update moves some by 4e-5."""
+    """Weights are equal bit for bit, except that compiled code rounds differently, and the differences grow.
+
+    Compiled code is therefore compared after only 8 updates. One update changes some weights by 4e-5.
+    """
     updates, atol = (8, 2e-5) if "compile" in settings else (100, 0)
-    eager = learner(script, False, layer=layer, num_experts=None, **settings | {"compile": False})
-    graphed = learner(script, True, layer=layer, num_experts=None, **settings)
-    launched = graphed.learn if isinstance(graphed.learn, script.CudaGraph) else graphed.update
-    launched.warmup = 4
+    eager = make_agent(script, False, layer=layer, num_experts=None, **settings | {"compile": False})
+    graphed = make_agent(script, True, layer=layer, num_experts=None, **settings)
+    cuda_graph = graphed.learn if isinstance(graphed.learn, script.CudaGraph) else graphed.update
+    cuda_graph.warmup = 4
     for agent in (eager, graphed):
         torch.manual_seed(1)
         for _ in range(updates):
             metrics, _ = agent.learn()
-    assert launched.graph is not None and torch.isfinite(metrics["loss"])
+    assert cuda_graph.graph is not None and torch.isfinite(metrics["loss"])
     for a, b in zip(eager.q_network.parameters(), graphed.q_network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
 def test_nothing_in_learn_act_and_observe_waits_for_the_device(script):
-    agent = learner(script, False)
+    agent = make_agent(script, False)
     frame = torch.zeros(4, 84, 84, dtype=torch.uint8, device="cuda")
     zeros, flags = torch.zeros(4, device="cuda"), torch.zeros(4, dtype=torch.bool, device="cuda")
     agent.learn()
@@ -84,17 +87,17 @@ def test_nothing_in_learn_act_and_observe_waits_for_the_device(script):
 
 
 @pytest.mark.parametrize("script", [dqn_softmoe, rainbow_softmoe, der_softmoe])
-def test_acting_and_storing_in_graphs_is_eager_acting_and_storing(script):
-    actions = []
+def test_acting_and_storing_in_graphs_equals_eager_code(script):
+    results = []  # of eager code, then of graphs
     for cuda_graphs in (False, True):
-        agent, rng = learner(script, cuda_graphs), np.random.default_rng(0)
+        agent, rng = make_agent(script, cuda_graphs), np.random.default_rng(0)
         torch.manual_seed(1)
         for step in range(60):
             frame, flags = rng.integers(0, 256, (4, 84, 84), dtype=np.uint8), rng.random((3, 4)) < 0.1
-            actions.append(agent.act(frame, flags[0], np.float64(1 - step / 60)).cpu())
+            results.append(agent.act(frame, flags[0], np.float64(1 - step / 60)).cpu())
             agent.observe(rng.standard_normal(4), flags[1], flags[2] & ~flags[1])
-        actions += [agent.obs, *agent.replay.state_dict().values()]
-    for eager, graphed in zip(actions[: len(actions) // 2], actions[len(actions) // 2 :], strict=True):
+        results += [agent.obs, *agent.replay.state_dict().values()]
+    for eager, graphed in zip(results[: len(results) // 2], results[len(results) // 2 :], strict=True):
         assert torch.equal(eager, graphed)
 
 
@@ -113,12 +116,12 @@ def test_every_combination_of_switches_trains_and_resumes(
     agent.main(args)
     run_dir = only_run(tmp_path)
     agent.main(replace(args, resume=str(run_dir), total_timesteps=600))
-    agent.main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # and on another device
+    agent.main(replace(args, resume=str(run_dir), total_timesteps=700, cuda=False))  # on another device
     assert checkpoint(run_dir)["progress"]["global_step"] == 700
 
 
 def test_a_checkpoint_holds_the_random_state_of_the_device(tmp_path):
-    saved, other = (learner(dqn_softmoe, graphs) for graphs in (True, False))
+    saved, other = (make_agent(dqn_softmoe, graphs) for graphs in (True, False))
     for _ in range(20):
         saved.learn()
     saved.save(tmp_path / "checkpoint.pt", {"global_step": 0})

@@ -1,7 +1,7 @@
-"""What can be known of the GPU path without a GPU.
+"""Tests of the GPU path without a GPU.
 
-Graphed runs equal eager ones, to the bit, where CUDA graphs are emulated; nothing mixes devices or waits where tensors
-are fake; torch.compile makes one graph of each function, once. Planted faults are found.
+With emulated CUDA graphs, graphed runs equal eager ones bit for bit. With fake tensors, nothing mixes devices or waits
+for the device. torch.compile makes one graph of each function, once. All planted faults are found.
 """
 
 import importlib
@@ -24,11 +24,11 @@ SHORT = {"total_timesteps": 240, "learning_starts": 80, "checkpoint_every": 96, 
 SHORT |= {"batch_size": 8}
 
 
-def module(script: str, old: str = "", new: str = ""):
-    """A copy of a script, with a fault planted."""
+def load_script(script: str, old: str = "", new: str = ""):
+    """Return a copy of a script as a module, in which `new` replaces `old`."""
     text, copy = (ROOT / f"{script}.py").read_text(), types.ModuleType(f"{script}_with_a_fault" if old else script)
     assert not old or text.count(old) == 1, f"{old!r} stands there {text.count(old)} times"
-    sys.modules[copy.__name__] = copy  # dataclasses look it up there
+    sys.modules[copy.__name__] = copy  # dataclasses look the module up there
     copy.__file__ = str(ROOT / f"{script}.py")
     exec(compile(text.replace(old, new) if old else text, copy.__file__, "exec"), copy.__dict__)
     copy.LOG_EVERY = 20
@@ -38,14 +38,14 @@ def module(script: str, old: str = "", new: str = ""):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    dqn = module("dqn_softmoe")
+    dqn = load_script("dqn_softmoe")
     dqn.main(dqn.Args(**quick(runs_dir=str(folder), save_replay=True, eval_episodes=0)))
     return only_run(folder)
 
 
 @pytest.fixture
-def graphed_as_eager(tmp_path, monkeypatch, data):
-    """A function that runs a script graphed and eagerly, in two parts, and compares all that they leave."""
+def compare_graphed_with_eager(tmp_path, monkeypatch, data):
+    """Return a function that runs and resumes a script, graphed and eagerly, and compares the outcomes."""
     scalars = []
 
     def add_scalar(_, name, value, step):
@@ -91,13 +91,13 @@ CASES += [("cql_softmoe", {"distributional": False}), ("cql_softmoe", {"replay_d
 
 
 @pytest.mark.parametrize("script, settings", CASES)
-def test_graphed_runs_equal_eager_ones(script, settings, graphed_as_eager):
-    graphed_as_eager(module(script), **settings)
+def test_graphed_runs_equal_eager_ones(script, settings, compare_graphed_with_eager):
+    compare_graphed_with_eager(load_script(script), **settings)
 
 
 HOST = {"replay_device": "cpu", "replay_ratio": 0.5}
-FAULTS = {
-    "epsilon is a number of Python's": (
+FAULTS = {  # text of dqn_softmoe.py, its replacement, arguments of the run
+    "epsilon is a Python number": (
         "return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, epsilon))",
         "self.calls = getattr(self, 'calls', 0) + 1\n"
         "        return self.action.copy_(self.policy(self.q_network, self.obs, frame, start, 1 / self.calls))",
@@ -114,7 +114,7 @@ FAULTS = {
     "no warm-up: Adam's state is made in the capture": ("warmup: int = 10", "warmup: int = 0"),
     "the default stream": ("        torch.cuda.set_stream(torch.cuda.Stream())", "        pass"),
     "Adam is not capturable": ('"capturable": graphs}', '"capturable": False}'),
-    "the replay's cursor is a number of Python's": (
+    "the replay's cursor is a Python number": (
         "place = self.cursor % self.rows * self.num_envs + self.env_offsets  # (N,)",
         "self.row = getattr(self, 'row', -1) + 1\n"
         "        place = self.row % self.rows * self.num_envs + self.env_offsets",
@@ -132,31 +132,25 @@ FAULTS = {
         "torch.rand(batch_size, dtype=torch.float64, device=cumulative.device)",
         "torch.as_tensor(np.random.default_rng(0).random(batch_size))",
     ),
-    "the capture counts as a call": (
-        "        self.graph.replay()\n",
-        "        else:\n            self.graph.replay()\n",
-    ),
-    "the copy from pinned memory is not waited for": (
-        "            self.copied.synchronize()",
-        "            pass",
-        HOST,
-    ),
-    "the copy from pinned memory has no event": ("            self.copied.record()\n", "", HOST),
+    "a captured call is not run": ("        self.graph.replay()\n", "        else:\n            self.graph.replay()\n"),
+    "the pinned copy is not waited for": ("            self.copied.synchronize()", "            pass", HOST),
+    "the pinned copy has no event": ("            self.copied.record()\n", "", HOST),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_emulation_finds(fault, graphed_as_eager):
+def test_the_emulation_finds(fault, compare_graphed_with_eager):
     old, new, *settings = FAULTS[fault]
     with pytest.raises((AssertionError, CaptureError, HazardError)) as error:
-        graphed_as_eager(module("dqn_softmoe", old, new), **dict(*settings))
+        compare_graphed_with_eager(load_script("dqn_softmoe", old, new), **dict(*settings))
     assert "stands there" not in str(error.value) and "nothing was captured" not in str(error.value)
 
 
 def test_nothing_mixes_devices_or_waits(tmp_path):
-    """Fake tensors tell what each function launched, and what passed between the host and a device that is not there.
+    """fake_cuda.py counts the operations that each function launches, and lists what passes between host and device.
 
-    In all but the last cases nothing passes; a replay on the host passes rows and batches alone; three are faults.
+    Nothing may pass if the replay is on the device, and only rows and batches if it is on the host. In three cases
+    with planted faults something must pass.
     """
     if torch.backends.cuda.is_built() or shutil.which("g++") is None:
         pytest.skip("needs a CPU build of PyTorch, and g++ for a device guard that it lacks")
@@ -187,12 +181,12 @@ COMPILED += [("rainbow_softmoe", {"layer": "tokenized", "tokenization": "Shuffle
 
 
 @pytest.mark.parametrize("script, settings", COMPILED)
-def test_each_function_compiles_to_one_graph_and_once(script, settings, data, monkeypatch):
+def test_each_function_compiles_once_to_one_graph(script, settings, data, monkeypatch):
     graphs, compile = [], torch.compile
 
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
+    def backend(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module.forward
 
     def compile_eagerly(function, *, dynamic, fullgraph, disable, options=None):
         return compile(function, dynamic=dynamic, fullgraph=fullgraph, backend=backend)
@@ -215,5 +209,5 @@ def test_each_function_compiles_to_one_graph_and_once(script, settings, data, mo
             agent.q_network.eval().q_values(torch.zeros(3, 4, 12, 12, dtype=torch.uint8))
             agent.q_network.train()
         batch = agent.replay.sample(32) if online else agent.data.sample(32)
-        agent.loss(agent.target_network, agent.q_network, batch, agent.args)  # others of the same sizes
+        agent.loss(agent.target_network, agent.q_network, batch, agent.args)  # other networks of the same sizes
     assert len(graphs) == 2 + 2 * online + getattr(agent.args, "prioritized", False)
