@@ -1,4 +1,4 @@
-"""`scripts/sweep.sbatch` on a real Slurm of one node: an array, a signal, the queue again, and on to the bit."""
+"""Test of sweep.sbatch on a real Slurm of one node: an array is signalled, requeued and resumed bit for bit."""
 
 import contextlib
 import os
@@ -42,25 +42,25 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""  # a requeued job waits until its credential has expired, by default 120 s
+"""  # cred_expire: a requeued job waits until its credential expires, by default 120 s
 
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """Calls a command of Slurm's on a cluster that lasts as long as these tests."""
+    """Start a Slurm cluster for this file, and yield a function that runs a command on it and returns its stdout."""
     missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(name) is None]
     if missing or os.getuid() != 0:
         pytest.skip(f"needs root and Slurm (apt-get install slurmctld slurmd slurm-client munge); no {missing}")
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().split(".")[0]
-    for path in (folder, *list(folder.parents)[:3]):  # munged wants to reach its socket
+    for path in (folder, *list(folder.parents)[:3]):  # munged requires that its socket can be reached
         path.chmod(0o755)
     for name in ("state", "spool"):
         (folder / name).mkdir(mode=0o755)
@@ -89,7 +89,7 @@ def slurm(tmp_path_factory):
                 os.kill(int((folder / f"{name}.pid").read_text()), 15)
 
 
-def test_an_array_is_signalled_requeued_and_goes_on_to_the_bit(slurm, tmp_path):
+def test_an_array_is_signalled_requeued_and_resumed_bit_for_bit(slurm, tmp_path):
     flags = "--env-id pixel_game:PixelCatch-v0 --encoder nature --expert-hidden-dim 16 --learning-starts 200 --no-cuda "
     flags += "--buffer-size 1000 --iteration-steps 1000 --eval-episodes 2 --checkpoint-every 0 --resume auto"
     lines = [
@@ -105,7 +105,7 @@ def test_an_array_is_signalled_requeued_and_goes_on_to_the_bit(slurm, tmp_path):
     wait_for(lambda: (first / "metrics.csv").exists() and "1000" in (first / "metrics.csv").read_text(), "a run")
     slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
     wait_for(lambda: "exit code 75" in (tmp_path / "1.log").read_text(), "a checkpoint")
-    shutil.copytree(first, tmp_path / "copy")  # while it waits in the queue
+    shutil.copytree(first, tmp_path / "copy")  # the run waits in the queue
     wait_for(lambda: slurm("squeue", "-h", "-j", job) == "", "the end of the array")
     log = (tmp_path / "1.log").read_text()
     assert "restart 0" in log and "restart 1" in log and log.rstrip().endswith("exit code 0")

@@ -1,4 +1,4 @@
-"""The figures' lists are commands that the scripts take; sweep.sh and Slurm run them, stop and finish them."""
+"""Tests of figure.sh, sweep.sh, preflight.py and sweep.sbatch: lists of commands are valid, and run to their end."""
 
 import importlib
 import io
@@ -15,7 +15,7 @@ from runs import HELPERS, ROOT, checkpoint, wait_for
 
 FIGURE = ROOT / "scripts" / "figure.sh"
 FIGURES = "1 4 5 6 7 8 9 10 11 12 13 16 18 drq_eps tokenize".split()
-PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # `python` is this one
+PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # so that `python` is this interpreter
 SMALL = "--encoder nature --expert-hidden-dim 16 --learning-starts 200 --buffer-size 1000 --iteration-steps 200 "
 SMALL += "--eval-episodes 1 --target-network-frequency 100 --no-cuda"
 
@@ -26,7 +26,7 @@ def shell(*command, cwd=ROOT, **settings):
 
 
 def parse(line, monkeypatch):
-    """Script and Args of a line, checked as the script itself does."""
+    """Return the name of the script and the checked Args of a command."""
     _, script, *flags = shlex.split(line)
     script = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
@@ -36,7 +36,7 @@ def parse(line, monkeypatch):
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
+def test_every_line_is_a_valid_command(figure, monkeypatch):
     done = shell(FIGURE, figure, GAMES="Pong", SEEDS="1 2", STEPS="77777")
     lines = done.stdout.splitlines()
     assert done.stderr == "" and len(lines) == len(set(lines)) > 3 and len(lines) % 2 == 0
@@ -50,10 +50,10 @@ def test_every_line_is_a_command_that_its_script_takes(figure, monkeypatch):
 
 
 def test_help_has_every_figure_and_no_command_of_a_list():
-    told = shell(FIGURE, "--help")
-    assert told.returncode == 0 and "GAMES" in told.stdout and "python " not in told.stdout
-    figures = {name for line in told.stdout.splitlines() for name in line[:11].replace(",", "").split()}
-    assert set(FIGURES) - {"13"} <= figures and "13 to 15" in told.stdout
+    done = shell(FIGURE, "--help")
+    assert done.returncode == 0 and "GAMES" in done.stdout and "python " not in done.stdout
+    figures = {name for line in done.stdout.splitlines() for name in line[:11].replace(",", "").split()}
+    assert set(FIGURES) - {"13"} <= figures and "13 to 15" in done.stdout
 
 
 def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
@@ -61,9 +61,8 @@ def test_the_paper_s_games_seeds_and_lengths_are_the_defaults():
     assert len(lines) == 2 * 3 * 26 * 5 and not any("--total" in line for line in lines)
     one = {"GAMES": "Pong", "SEEDS": "3", "FLAGS": "--eval-episodes 7", "RUNS_DIR": "elsewhere"}
     line = shell(FIGURE, "12", **one).stdout.splitlines()[0]
-    assert (
-        "--eval-episodes 7" in line and "--runs-dir elsewhere --run-name Pong__der__" in line and "-7__seed3 " in line
-    )
+    assert "--eval-episodes 7" in line and "-7__seed3 " in line
+    assert "--runs-dir elsewhere --run-name Pong__der__" in line
     assert len(shell(FIGURE, "1").stdout.splitlines()) == 2 * 3 * 4 * 20 * 5
     assert shell(FIGURE, "17").stdout == shell(FIGURE, "11").stdout
 
@@ -83,10 +82,10 @@ def test_low_data_has_both_agents_with_three_layers(figure, experts, monkeypatch
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A list of runs on the pixel game, and a function that calls sweep.sh with it."""
+    """Return a function that writes a list of runs on the pixel game, and returns a function that sweeps the list."""
     path = tmp_path / "list.txt"
 
-    def make(steps, seeds=(1, 2), flags=""):
+    def write_list(steps, seeds=(1, 2), flags=""):
         lines = [
             f"python {ROOT / 'dqn_softmoe.py'} --env-id pixel_game:PixelCatch-v0 --seed {seed} {SMALL} "
             f"--total-timesteps {steps} --runs-dir {tmp_path / 'runs'} --run-name run{seed} --resume auto {flags}"
@@ -95,7 +94,7 @@ def sweep(tmp_path):
         path.write_text("\n".join(lines) + "\n")
         return lambda *given: shell(ROOT / "scripts" / "sweep.sh", "--jobs", "2", *given, path, cwd=tmp_path)
 
-    return make
+    return write_list
 
 
 def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path):
@@ -108,14 +107,14 @@ def test_a_sweep_runs_names_what_fails_and_finishes_what_is_left(sweep, tmp_path
     failed, summary = done.stdout.splitlines()
     assert failed.startswith("line 2 failed (2): error: NameNotFound: "), failed
     assert summary == "1 done, 0 running, 1 failed, 0 to do"
-    (tmp_path / "list.txt").write_text(line)  # the mistake is mended
+    (tmp_path / "list.txt").write_text(line)  # without the faulty line
     before = (tmp_path / "runs" / "run1" / "weights.pt").stat().st_mtime_ns
     assert run().returncode == 0 and "1 done" in run("--status").stdout
     assert before == (tmp_path / "runs" / "run1" / "weights.pt").stat().st_mtime_ns
-    assert "0 done" in sweep(800, seeds=(1,))("--status").stdout  # a longer list goes on with it
+    assert "0 done" in sweep(800, seeds=(1,))("--status").stdout  # the run is not done, because it now has more steps
 
 
-def test_a_mistake_in_any_line_is_told_before_the_first_one_runs(sweep, tmp_path):
+def test_mistakes_are_reported_before_anything_runs(sweep, tmp_path):
     run = sweep(400)
     first, second = (tmp_path / "list.txt").read_text().splitlines()
     wrong = [f"{second} --num-exprts 2", f"{first} --num-experts 0", second.replace("run2", "a") + " --num-exprts 2"]
@@ -131,7 +130,7 @@ def test_a_mistake_in_any_line_is_told_before_the_first_one_runs(sweep, tmp_path
     assert done.returncode == 2 and "dqn_softmoe.py is not in" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_list_says_how_long_its_runs_take_at_the_speeds_on_record(tmp_path, monkeypatch, capsys):
+def test_the_hours_of_a_list_follow_from_the_recorded_speeds(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     preflight = importlib.import_module("preflight")
     monkeypatch.chdir(ROOT)
@@ -145,11 +144,11 @@ def test_a_list_says_how_long_its_runs_take_at_the_speeds_on_record(tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["preflight.py", str(tmp_path / "a.list")])
     monkeypatch.setattr(sys, "stdin", io.StringIO("2 3 4 5 6"))
     assert preflight.main() == 0
-    said = "5 runs are left: about 20 hours on one a GPU, and 3 runs whose speed is not on record\n"
-    assert capsys.readouterr().err == said
+    expected = "5 runs are left: about 20 hours on one a GPU, and 3 runs whose speed is not on record\n"
+    assert capsys.readouterr().err == expected
 
 
-def test_a_failure_shows_the_line_that_says_why_once_for_all_of_its_lines(tmp_path):
+def test_lines_that_fail_alike_are_listed_once_with_the_error_in_their_log(tmp_path):
     box = "╭─ Unrecognized options ─╮\n│ Unrecognized options: --x  │\n│ ─── │\n│ For full helptext, run │\n╰───╯"
     (tmp_path / "box").write_text(box)
     lines = ["cat box; exit 2", "echo 'error: no disk'; echo the end; exit 1", "cat box; exit 2"]
@@ -174,7 +173,7 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     assert (done.returncode, done.stdout) == (0, "2 done, 0 running, 0 failed, 0 to do\n"), done
     assert (tmp_path / "said").read_text() == "last\n"
     (tmp_path / "said").unlink()
-    assert shell(*run, cwd=tmp_path).returncode == 0 and not (tmp_path / "said").exists()  # it is done
+    assert shell(*run, cwd=tmp_path).returncode == 0 and not (tmp_path / "said").exists()  # all lines are done
     (tmp_path / "any.list").write_text("true\ntrue\ntrue\necho another list > said\n")
     assert shell(*run, "--status", cwd=tmp_path).stdout == "1 done, 0 running, 0 failed, 3 to do\n"
     assert shell(*run, cwd=tmp_path).returncode == 0 and (tmp_path / "said").read_text() == "another list\n"
@@ -227,14 +226,14 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         return [checkpoint(folder)["progress"]["global_step"] for folder in folders]
 
     def start_and_stop(number: int, last: list[int]) -> list[int]:
-        """Returns how far the runs came. They do not begin anew, which would show as an earlier checkpoint."""
+        """Return the steps of the runs' checkpoints. None may be earlier than `last`, as if a run began anew."""
         child = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         started, seen = subprocess.Popen(command, **pipes, **child), []
         wait_for(lambda: seen.append(steps()) or len(seen[-1]) == 2 and min(seen[-1]) > max(last), "two checkpoints")
         assert "2 running" in run("--status").stdout
         os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
         stdout, stderr = started.communicate(timeout=600)
-        assert stderr == "2 runs are left\n"  # nothing of the shell's own on its jobs
+        assert stderr == "2 runs are left\n"  # bash adds nothing about its jobs
         assert started.returncode == 75 and "0 done, 0 running, 0 failed, 2 to do" in stdout
         assert min(min(found) for found in seen if found) >= min(last)
         return steps()
@@ -245,7 +244,7 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
 @pytest.mark.parametrize(
     "given", [["no-list"], ["--jobs", "none", "list.txt"], [], ["--stauts", "list.txt"], ["list.txt"] * 2]
 )
-def test_what_cannot_be_swept_is_one_line(tmp_path, given):
+def test_sweep_refuses_wrong_arguments_in_one_line(tmp_path, given):
     (tmp_path / "list.txt").write_text("true\n")
     done = shell(ROOT / "scripts" / "sweep.sh", *given, cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
@@ -267,7 +266,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("given, settings, words", WRONG)
-def test_what_a_figure_cannot_be_made_of_is_one_line(given, settings, words):
+def test_figure_refuses_wrong_arguments_in_one_line(given, settings, words):
     done = shell(FIGURE, *given, **settings)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: "), done
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
