@@ -47,7 +47,7 @@ def check_segments(folder: Path, oracle: Oracle):
 
 @pytest.fixture
 def record_rows(monkeypatch):
-    """Return a function that makes an oracle get all rows of a script's ring. Raw rewards are multiplied by 3."""
+    """Return a function that returns an oracle of all rows that a script stores. Raw rewards are multiplied by 3."""
 
     def record(script, num_envs: int) -> Oracle:
         oracle, ring, recv = Oracle(num_envs, 1), script.ReplayBuffer, script.Environments.recv
@@ -197,7 +197,7 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     assert not (only_run(tmp_path) / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("lost", [3, 5])  # the second checkpoint writes the fifth
+@pytest.mark.parametrize("lost", [3, 5])  # the second checkpoint writes the fifth segment
 def test_nothing_is_missing_after_a_disk_was_full_for_a_while(tmp_path, monkeypatch, record_rows, lost):
     """The run resumes from a checkpoint that was written before the segment was lost."""
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)

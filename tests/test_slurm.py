@@ -105,7 +105,7 @@ def test_an_array_is_signalled_requeued_and_resumed_bit_for_bit(slurm, tmp_path)
     wait_for(lambda: (first / "metrics.csv").exists() and "1000" in (first / "metrics.csv").read_text(), "a run")
     slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
     wait_for(lambda: "exit code 75" in (tmp_path / "1.log").read_text(), "a checkpoint")
-    shutil.copytree(first, tmp_path / "copy")  # the run waits in the queue
+    shutil.copytree(first, tmp_path / "copy")  # while the task waits in the queue
     wait_for(lambda: slurm("squeue", "-h", "-j", job) == "", "the end of the array")
     log = (tmp_path / "1.log").read_text()
     assert "restart 0" in log and "restart 1" in log and log.rstrip().endswith("exit code 0")

@@ -226,7 +226,7 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         return [checkpoint(folder)["progress"]["global_step"] for folder in folders]
 
     def start_and_stop(number: int, last: list[int]) -> list[int]:
-        """Return the steps of the runs' checkpoints. None may be earlier than `last`, as if a run began anew."""
+        """Return the steps of the runs' checkpoints. None may be earlier than `last`: no run begins anew."""
         child = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         started, seen = subprocess.Popen(command, **pipes, **child), []
         wait_for(lambda: seen.append(steps()) or len(seen[-1]) == 2 and min(seen[-1]) > max(last), "two checkpoints")

@@ -240,7 +240,7 @@ def test_a_run_without_a_checkpoint_at_the_end(tmp_path, capsys):
     before = files(tmp_path)
     assert {Path(name).name for name in before} >= {"weights.pt", "eval.json", "episodes.csv", "metrics.csv"}
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    dqn_softmoe.main(args)  # does nothing
+    dqn_softmoe.main(args)  # the finished run is left alone
     for resume in ("auto", str(tmp_path / "run")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
