@@ -23,6 +23,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_training.py" not in item.nodeid)  # the longest first: all workers end together
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:

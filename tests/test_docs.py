@@ -78,7 +78,9 @@ def defaults(script):
 
 
 def test_the_table_of_flags_has_their_defaults():
-    for name, *cells in re.findall(r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|(.*?)\|", README, re.MULTILINE):
+    rows = re.findall(r"^\| `(--[\w-]+)` \|(.*?)\|(.*?)\|(.*?)\|", README, re.MULTILINE)
+    assert rows
+    for name, *cells in rows:
         assert [cell.strip() for cell in cells] == [defaults(script)[name] for script in AGENTS], name
 
 
