@@ -65,7 +65,8 @@ class Options:
     def __post_init__(self):
         self.cuda = self.cuda and torch.cuda.is_available()
         self.modes = self.modes or ((BEST,) if self.cuda else ("eager",))
-        self.updates = self.updates or (500 if self.cuda else 25)
+        if self.updates is None:
+            self.updates = 500 if self.cuda else 25
         if self.quick:
             self.turns, self.minutes, self.extras = 1, min(self.minutes, 2.0), False
 
@@ -209,6 +210,7 @@ def measure(group: list[Case], options: Options, folder: Path, data: Path, deadl
                 measured[number] = connection.recv()
             else:
                 measured[number].failure = f"not ready within {options.minutes:g} minutes"
+                process.kill()
         except EOFError:  # the process has ended
             process.join()
             measured[number].failure = ((folder / str(process.pid)).read_text().strip() or "?").splitlines()[-1]

@@ -37,9 +37,10 @@ def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.M
     """Load the network of a weights file or of a run directory. Returns its script, its Args, itself and the file."""
     run = path if path.is_dir() else path.parent.parent if path.parent.name == "weights" else path.parent
     saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem), reverse=True)
-    weights = next((file for file in (path, run / "weights.pt", *saved) if file.is_file()), None)
+    candidates = [run / "weights.pt", *saved] if path.is_dir() else [path]
+    weights = next((file for file in candidates if file.is_file()), None)
     if weights is None or not (run / "config.json").exists():
-        raise FileNotFoundError(f"{path}: there is no config.json, or neither weights.pt nor a file in weights/")
+        raise FileNotFoundError(f"{path}: there is no config.json, or there are no weights")
     config = json.loads((run / "config.json").read_text())
     script = importlib.import_module(Path(config["script"]).stem)
     fields = script.Args.__dataclass_fields__

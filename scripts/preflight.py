@@ -55,7 +55,11 @@ def main() -> int:
     speeds = {(f"{c['agent']}_softmoe", c["encoder"], c["layer"]): median(c["rates"]) for c in record["cases"]}
     numbers, checked, failures, known = [int(word) for word in sys.stdin.read().split()], {}, {}, []
     for number in numbers:
-        words = [] if re.search("[;|&<>$]", lines[number - 1]) else shlex.split(lines[number - 1], comments=True)
+        try:
+            words = [] if re.search("[;|&<>$]", lines[number - 1]) else shlex.split(lines[number - 1], comments=True)
+        except ValueError as error:  # a quotation mark is missing
+            failures.setdefault(str(error), []).append(number)
+            continue
         if len(words) < 2 or words[0] != "python" or not words[1].endswith("_softmoe.py"):
             continue
         script, flags = Path(words[1]), words[2:]
@@ -63,7 +67,7 @@ def main() -> int:
             print(f"error: line {number}: {script} is not in {Path.cwd()}; call this from its folder", file=sys.stderr)
             return 2
         own = {flag: word for flag, word in itertools.pairwise(flags) if flag in ("--env-id", "--seed", "--run-name")}
-        shared = (script, *(word for word in flags if word not in own.values()))
+        shared = (script, *(word for before, word in itertools.pairwise(["", *flags]) if before not in own))
         keys = [shared, *((script, flag, word) for flag, word in own.items() if flag != "--run-name")]
         if not all(key in checked for key in keys):
             args, failure = parse(script, flags)

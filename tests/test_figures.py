@@ -533,7 +533,7 @@ def test_evaluate_plays_as_the_run_s_own_evaluation(trained, tmp_path):
         done = run("evaluate", path, "--episodes", "3", "--seed", seed, "--no-cuda", "-o", tmp_path / "eval.json")
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "eval.json").read_text())["returns"] == expected["returns"]
-    for given in ([tmp_path], [trained, "--episodes", "0"]):
+    for given in ([tmp_path], [trained / "weights" / "7.pt"], [trained, "--episodes", "0"]):
         bad = run("evaluate", *given)
         assert bad.returncode == 2 and bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
 

@@ -118,12 +118,17 @@ def test_mistakes_are_reported_before_anything_runs(sweep, tmp_path):
     run = sweep(400)
     first, second = (tmp_path / "list.txt").read_text().splitlines()
     wrong = [f"{second} --num-exprts 2", f"{first} --num-experts 0", second.replace("run2", "a") + " --num-exprts 2"]
+    fifth, zeroth = (first.replace("--seed 1", f"--seed {seed}") for seed in (5, 0))
+    # The last line differs from the one with seed 5 in more than the seed.
+    wrong += [f'{first} "', f"{fifth} --batch-size 5", zeroth, f"{zeroth} --batch-size 0"]
     (tmp_path / "list.txt").write_text("\n".join([first, "# a comment", *wrong, second]) + "\n")
     done = run()
     assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "runs").exists()
     assert done.stderr.splitlines() == [
         "error: lines 3, 5: Unrecognized options: --num-exprts, 2",
         "error: line 4: --num-experts must be at least 1, not 0",
+        "error: line 6: No closing quotation",
+        "error: line 9: --batch-size must be at least 1, not 0",
     ]
     (tmp_path / "list.txt").write_text("python dqn_softmoe.py --seed 1\n")
     done = run()
