@@ -26,7 +26,7 @@ SHORT |= {"batch_size": 8}
 
 def load_script(script: str, old: str = "", new: str = ""):
     """Return a copy of a script as a module, in which `new` replaces `old`."""
-    text, copy = (ROOT / f"{script}.py").read_text(), types.ModuleType(f"{script}_with_a_fault" if old else script)
+    text, copy = (ROOT / f"{script}.py").read_text(), types.ModuleType(f"{script}_copy")
     assert not old or text.count(old) == 1, f"{old!r} stands there {text.count(old)} times"
     sys.modules[copy.__name__] = copy  # dataclasses look the module up there
     copy.__file__ = str(ROOT / f"{script}.py")
