@@ -65,7 +65,8 @@ def required_bytes(script, args) -> tuple[int, int]:
     if hasattr(args, "buffer_size"):
         replay = script.ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape)  # takes no memory until filled
         return sum(buffer.nbytes for buffer in replay.buffers()), weights
-    archives = (zipfile.ZipFile(path) for path in Path(args.dataset_dir).glob("**/[0-9]*.npz"))
+    folders = args.dataset_dir, Path(args.dataset_dir, "replay")
+    archives = (zipfile.ZipFile(path) for folder in folders for path in Path(folder).glob("[0-9]*.npz"))
     return sum(info.file_size for archive in archives for info in archive.infolist()), weights
 
 

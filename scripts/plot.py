@@ -259,7 +259,8 @@ def common_steps(runs: list[Run]) -> np.ndarray:
 
 def normalize_scores(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
     """Return the runs whose normalised scores can be aggregated, and the unit of these scores."""
-    without = sorted({run.game for run in runs if not np.isfinite(run.normalized[-1:]).all()})
+    last = [(run.game, [*run.normalized[-1:], *(run.evaluation or ())[1:]]) for run in runs]
+    without = sorted({game for game, scores in last if not np.isfinite(scores).all()})
     if len(without) < len({run.game for run in runs}):
         if without:
             print(f"{agent}: left out of the aggregates, for lack of a human score: {', '.join(without)}")

@@ -330,6 +330,12 @@ def test_games_without_a_human_score_are_scaled_over_all_runs(tmp_path, capsys):
     rows = read_csv(pictures(tmp_path, [*found, fake_run(tmp_path / "one", dqn_softmoe, [1.7])]) / "dqn_methods.csv")
     assert "DQN: left out of the aggregates, for lack of a human score: Pooyan" in capsys.readouterr().out
     assert [(row["layer"], row["iqm"]) for row in rows] == [("softmoe", "0.0")]
+    der = importlib.import_module("der_softmoe")  # runs whose evaluation is their only score
+    evaluated = {"p": 10.0, "q": 30.0}
+    found = [
+        fake_run(tmp_path / name, der, [None], evaluation=x, seed=int(x), **settings) for name, x in evaluated.items()
+    ]
+    assert [float(row["iqm"]) for row in read_csv(pictures(tmp_path, found) / "der_methods.csv")] == [50]
 
 
 @pytest.mark.usefixtures("numbers_only")
@@ -576,6 +582,10 @@ def test_doctor_says_whether_a_command_will_run(tmp_path, monkeypatch, capsys):
     assert code == 0 and "agent steps/s while learning" in out and list(tmp_path.iterdir()) == [], out
     code, out = said(*command[:-1], str(10**12), "--total-timesteps", str(10**12))
     assert code == 1 and "NO  memory" in out
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / "000000000000.npz", action=np.zeros(4))
+    code, out = said("python", "cql_softmoe.py", *small.split()[:-2], "--no-cuda")
+    assert code == 1 and "NO  data" in out  # the data of another folder is not that of --dataset-dir
     for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
         assert said(*given)[0] == 2
 
