@@ -458,6 +458,7 @@ class Environments:
         spec, same_step = gym.spec(env_id), gym.vector.AutoresetMode.SAME_STEP
         atari = str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb"
         self.game = spec.kwargs["game"] if atari else None
+        args.check_effect("sticky_actions noop_max terminal_on_life_loss", atari, "an Atari game")
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             self.envs = AtariVectorEnv(
@@ -473,7 +474,6 @@ class Environments:
                 num_threads=max(1, min(num_envs, cores - 1)),  # they spin, so one core is left for the learner
             )
         else:
-            args.check_effect("sticky_actions noop_max terminal_on_life_loss", False, "an Atari game")
             self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
         shape = space.shape or ()

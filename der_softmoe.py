@@ -473,6 +473,7 @@ class Environments:
         spec, same_step = gym.spec(env_id), gym.vector.AutoresetMode.SAME_STEP
         atari = str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb"
         self.game = spec.kwargs["game"] if atari else None
+        args.check_effect("sticky_actions noop_max terminal_on_life_loss", atari, "an Atari game")
         if self.game:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             self.envs = AtariVectorEnv(
@@ -488,7 +489,6 @@ class Environments:
                 num_threads=max(1, min(num_envs, cores - 1)),  # they spin, so one core is left for the learner
             )
         else:
-            args.check_effect("sticky_actions noop_max terminal_on_life_loss", False, "an Atari game")
             self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
         shape = space.shape or ()
@@ -678,8 +678,7 @@ class Agent:
 
     def observe(self, reward, terminated, truncated) -> None:
         """Add a row to the replay: the newest frames, the last actions and their outcome, all (N,)."""
-        outcome = (torch.as_tensor(x, device=self.replay.cursor.device) for x in (reward, terminated, truncated))
-        self.replay.add(self.obs[:, -1], self.action, *outcome)
+        self.replay.add(self.obs[:, -1], self.action, reward, terminated, truncated)
 
     def learn(self) -> tuple:
         """Draw a batch and update on it. Returns the metrics and the MoEOutput of the loss."""
