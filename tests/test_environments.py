@@ -64,12 +64,6 @@ def test_a_lost_life_ends_the_episode_but_not_the_game(env_id):
         assert all(terminated[a:b, lane].sum() == 5 for a, b in zip(ends, ends[1:], strict=False))
 
 
-def test_without_life_loss_only_game_over_terminates():
-    steps = play(Args(), 2, 700)
-    assert all((terminated == over).all() for _, _, terminated, _, over in steps)
-    assert sum(step[4].sum() for step in steps) >= 4
-
-
 class ScriptedGames:
     """Two games with given steps (terminated, truncated, lives). After an end, ale-py reports the next game's lives."""
 

@@ -35,7 +35,7 @@ def run(script, *given, cwd=ROOT):
 
 
 def fake_run(folder: Path, script, scores, finished=True, evaluation=None, **settings) -> Path:
-    """What a run leaves, with these scores of its iterations."""
+    """Write what a run leaves, with these scores of its iterations, and return its folder."""
     folder.mkdir(parents=True)
     args = asdict(script.Args(**settings))
     offline = "total_updates" in args
@@ -53,7 +53,7 @@ def fake_run(folder: Path, script, scores, finished=True, evaluation=None, **set
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two games, two seeds, four methods."""
+    """Return runs of four methods on two games, with two seeds each."""
     rng, found = np.random.default_rng(0), []
     for layer, experts in (("dense", 1), ("softmoe", 1), ("softmoe", 4), ("softmoe", 8)):
         for game in ("Breakout", "Pong"):
@@ -140,7 +140,7 @@ def test_collect_takes_the_runs_of_a_list_and_names_those_that_lack(tmp_path, ca
 
 
 def pictures(folder: Path, runs, **options) -> Path:
-    """Collect these runs and plot them; the folder of the pictures."""
+    """Collect these runs, plot them, and return the folder of the pictures."""
     given = {"output": folder / "figures", "repetitions": 200} | options
     collect.main(collect.Options(tuple(runs), output=folder / "results.csv", unfinished=True))
     plot.main(plot.Options(folder / "results.csv", **given))
@@ -149,7 +149,7 @@ def pictures(folder: Path, runs, **options) -> Path:
 
 @pytest.fixture
 def numbers_only(monkeypatch):
-    """Drawing the pictures takes most of the time; their numbers are in CSV files beside them."""
+    """Draw no pictures, which takes most of the time. Their numbers are in CSV files beside them."""
     monkeypatch.setattr(plot.matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
 
 
@@ -421,7 +421,7 @@ def test_published_scores_are_those_that_are_shipped(name):
 # ---------------------------------------------------------------------------------------------------------- analysis
 
 
-def test_srank_counts_singular_values_and_the_norm_is_that_of_the_variance():
+def test_srank_counts_the_singular_values_above_its_threshold():
     matrix = torch.diag(torch.tensor([4.0, 2.0, 0.01, 0.0])) @ torch.linalg.qr(torch.randn(4, 4))[0]
     assert [analyze.srank(matrix, t) for t in (0.0025 - 1e-5, 0.0025 + 1e-5, 0.4, 0.6)] == [3, 2, 2, 1]
 

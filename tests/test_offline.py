@@ -19,7 +19,7 @@ import pixel_game
 import pytest
 import torch
 from replay_oracle import FRAME_SHAPE, GAMMA, Oracle, Row, check_batch, draw_with, random_rows
-from runs import only_run, read_csv
+from runs import Exploit, Killed, assert_same_outcome, checkpoint, only_run, read_csv
 from torch import nn
 
 import cql_softmoe
@@ -235,13 +235,6 @@ def test_data_of_another_game(refused, data):
     refused("metadata.json")
 
 
-class Exploit:
-    """Raises SystemError when it is unpickled."""
-
-    def __reduce__(self):
-        return exec, ("raise SystemError('unpickled')",)
-
-
 WRONG = {  # arrays of the last segment (None: left out), words of the error
     "dtype": ({"reward": np.zeros((2, 20))}, ["reward", "float64", "float32"]),
     "frames": ({"frames": np.zeros((2, 20, 5, 5), np.uint8)}, ["(2, 20, 5, 5)", "12"]),
@@ -309,15 +302,6 @@ def test_damaged_segments_are_refused_or_read_as_before(tmp_path):
         else:  # the byte does not matter, as in a time stamp
             assert all(map(torch.equal, read.buffers(), good.buffers())), k
     assert refusals > len(damaged) / 2
-
-
-def test_damaged_cache(tmp_path, data, capsys):
-    open_data(small_args(tmp_path), FRAME)
-    (path,) = (tmp_path / "replay_cache").glob("*/frames.npy")
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(SystemExit) as stop:
-        main(small_args(tmp_path))
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
 BAD = [{"max_shards": 0}, {"data_fraction": 0.0}, {"data_fraction": 1.1}, {"data_fraction": math.nan}]
@@ -441,19 +425,6 @@ def weak_data(tmp_path_factory) -> Path:
     return folder
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: the script does not catch it."""
-
-
-def final_state(run_dir: Path) -> tuple:
-    """Return the tensors and the progress of a run's checkpoint, and its records without speeds."""
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    flat = [*state["q_network"].values(), *state["target_network"].values(), *state["random"]]
-    flat += [value for part in state["optimizer"]["state"].values() for value in part.values()]
-    del state["progress"]["rows"]  # the records below, with speeds
-    return flat, state["progress"], [row | {"ups": ""} for row in read_csv(run_dir / "metrics.csv")]
-
-
 @pytest.mark.parametrize(
     "how, distributional", [("killed", True), ("killed", False), ("signal", True), ("in evaluation", True)]
 )
@@ -481,15 +452,13 @@ def test_a_run_leaves_its_records_and_resumes_to_the_bit(tmp_path, weak_data, ho
         main(broken)
     run_dir = only_run(tmp_path / "b")
     assert how == "killed" or stop.value.code == 75
-    progress = torch.load(run_dir / "checkpoint.pt", weights_only=True)["progress"]
-    assert progress["update"] == (15 if how == "killed" else 20)
+    assert checkpoint(run_dir)["progress"]["update"] == (15 if how == "killed" else 20)
     assert len(read_csv(run_dir / "metrics.csv")) == (how == "killed")  # the row of update 20
     del stop
     gc.collect()  # release the lock of the killed run
     main(replace(broken, resume="auto"))
-    (a, *records), (b, *others) = final_state(only_run(tmp_path / "a")), final_state(run_dir)
-    assert all(map(torch.equal, a, b)) and len(a) == len(b) and records == others
-    rows = records[-1]
+    assert_same_outcome(only_run(tmp_path / "a"), run_dir)
+    rows = read_csv(run_dir / "metrics.csv")
     assert [row["updates"] for row in rows] == ["20", "40"] and int(rows[0]["episodes"]) >= 3
     columns = "iteration updates episodes mean_return td_loss cql_loss q_data q_greedy ups"
     assert list(rows[0]) == columns.split() and (run_dir / "weights.pt").exists()
@@ -511,19 +480,6 @@ def test_a_run_may_end_where_a_signal_stopped_it(tmp_path, data, monkeypatch):
     rows = read_csv(run_dir / "metrics.csv")
     assert [(row["iteration"], row["updates"]) for row in rows] == [("0", "20"), ("1", "27"), ("2", "40"), ("3", "60")]
     assert len({row["td_loss"] for row in rows}) == 4  # each row has the loss of its own update
-
-
-def test_resume_auto_leaves_a_finished_run_alone(tmp_path, data, capsys):
-    args = small_args(tmp_path, resume="auto", total_updates=20)
-    main(args)  # a new run
-    run_dir = only_run(tmp_path / "runs")
-    before = {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != "lock"}
-    capsys.readouterr()
-    main(args)
-    assert f"{run_dir} is finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in run_dir.iterdir() if path.name != "lock"} == before
-    main(replace(args, total_updates=40))
-    assert [row["updates"] for row in read_csv(run_dir / "metrics.csv")] == ["20", "40"]
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path, data, capsys):

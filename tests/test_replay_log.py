@@ -7,8 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import ale_py
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from replay_oracle import Oracle, Row
-from runs import HELPERS, ROOT, only_run, quick, wait_for
+from runs import Child, Killed, die, only_run, quick, wait_for
 
 import cql_softmoe
 import dqn_softmoe
@@ -88,10 +86,6 @@ def test_segments_equal_what_the_ring_got(
     assert len(oracle.lanes[0]) == 600 // num_envs and oracle.lanes[0][-1].truncated != oracle.lanes[0][-1].terminated
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: the script does not catch it."""
-
-
 def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monkeypatch, record_rows):
     """The first run also starts a segment at step 380, for a checkpoint that fails. The resumed run has none there."""
     monkeypatch.setattr(dqn_softmoe, "SEGMENT_STEPS", 120)
@@ -102,9 +96,6 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monke
         if progress["global_step"] > 190:
             raise OSError(28, "No space left on device")
         save(agent, path, progress)
-
-    def die(*_):
-        raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(dqn_softmoe.Agent, "save", save_once)
@@ -119,41 +110,26 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, monke
     assert [int(path.stem) for path in sorted(folder.glob("*.npz"))] == [0, 120, 190, 240, 360, 480]
 
 
-# Writes each segment in two halves, and waits between the halves of the file with WAIT_AT in its name.
-IN_HALVES = """
-import io, os, sys, time, numpy as np, dqn_softmoe
-
-def save(file, save=np.savez_compressed, **arrays):
-    whole = io.BytesIO()
-    save(whole, **arrays)
-    file.write(whole.getvalue()[:500])
-    file.flush()
-    while os.environ["WAIT_AT"] in file.name:
-        time.sleep(1)
-    file.write(whole.getvalue()[500:])
-
-np.savez_compressed = save
-dqn_softmoe.main(dqn_softmoe.parse_args())
-"""
-
-
 def test_a_run_killed_while_it_writes_leaves_whole_segments_and_goes_on(tmp_path):
-    """A process is killed between the two halves of the segment that follows its checkpoint."""
-    flags = "--env-id pixel_game:PixelCatch-v0 --no-cuda --encoder nature --expert-hidden-dim 8 --eval-episodes 0"
-    flags += " --save-replay --resume auto --buffer-size 400 --checkpoint-every 1000"
-    flags += " --total-timesteps 1600 --learning-starts 1600"
-    line = [sys.executable, "-c", IN_HALVES, "--runs-dir", str(tmp_path), *flags.split()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}"}
-    run = subprocess.Popen(line, env=environment | {"WAIT_AT": "000000001000"}, **quiet)
-    half = "*/replay/000000001000.npz.tmp"
-    wait_for(lambda: any(path.stat().st_size == 500 for path in tmp_path.glob(half)), "half a segment")
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    """The process is killed in the middle of the segment that follows its checkpoint."""
+    sizes = {"buffer_size": 400, "checkpoint_every": 1000, "total_timesteps": 1600, "learning_starts": 1600}
+    args = dqn_softmoe.Args(**quick_settings(tmp_path) | sizes, resume="auto")
+
+    def run(save=np.savez_compressed):
+        def save_half(file, **arrays):
+            save(file, **arrays)
+            if "000000001000.npz" in file.name:
+                file.truncate(500)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        np.savez_compressed = save_half
+        dqn_softmoe.main(args)
+
+    assert Child(tmp_path.parent, run).wait()[0] == -signal.SIGKILL
     folder = only_run(tmp_path) / "replay"
-    assert len(list(folder.glob("*.tmp"))) == 1 and (folder.parent / "checkpoint.pt").exists()
-    assert read_segments(folder)["action"].size >= 1000
-    subprocess.run(line, check=True, env=environment | {"WAIT_AT": "nowhere"}, **quiet)
+    assert [path.stat().st_size for path in folder.glob("*.tmp")] == [500]
+    assert (folder.parent / "checkpoint.pt").exists() and read_segments(folder)["action"].size >= 1000
+    dqn_softmoe.main(args)
     arrays = read_segments(folder)
     assert arrays["action"].shape == (4, 400) and not list(folder.glob("*.tmp"))
     assert np.flatnonzero(arrays["truncated"].any(axis=0)).tolist() == [249, 399]  # cut by the checkpoints

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from runs import (
     quick,
     read_csv,
     same,
+    scalars,
     wait_for,
 )
 
@@ -40,11 +40,8 @@ DQN |= {"total_timesteps": 3_600, "learning_starts": 500, "epsilon_decay_steps":
 DQN |= {"target_network_frequency": 50, "gamma": 0.9}
 RAINBOW = DQN | {"total_timesteps": 4_000, "learning_rate": 3e-3, "expert_hidden_dim": 32}
 RAINBOW |= {"num_atoms": 11, "v_min": -4.0, "v_max": 4.0}
-DER = RAINBOW | {"total_timesteps": 3_600, "learning_rate": 2e-3, "n_step": 3, "noisy": False, "replay_ratio": 0.25}
-DER |= {"tokenization": "PerSamp"}
 PIXEL_GAME = [("dqn_softmoe", DQN | {"layer": layer}) for layer in ("softmoe", "top1moe", "dense")]
 PIXEL_GAME += [("rainbow_softmoe", {name: RAINBOW[name] for name in RAINBOW if name != "epsilon_decay_steps"})]
-PIXEL_GAME += [("der_softmoe", DER)]
 
 
 @pytest.mark.parametrize("agent, settings", PIXEL_GAME, indirect=["agent"])
@@ -86,15 +83,6 @@ def test_a_run_leaves_its_records(agent, quick_args, monkeypatch):
     assert "losses/losses" not in tags
 
 
-def scalars(run_dir) -> dict[str, list[int]]:
-    """Return the steps at which each TensorBoard scalar was logged, by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 # Flags that DQN does not have, with values that must change what a run learns.
 FLAGS = {"num_atoms": 21, "v_min": -5.0, "v_max": 5.0, "n_step": 1}
 FLAGS |= {"double": False, "dueling": False, "noisy": False, "prioritized": False}
@@ -118,6 +106,7 @@ def signal_at(agent, call: int, name: str = "SIGKILL") -> None:
     at_call(agent.Environments, "send", [call], lambda: os.kill(os.getpid(), getattr(signal, name)))
 
 
+@pytest.mark.parametrize("agent", AGENTS[:2], indirect=True)
 def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(agent, quick_args, tmp_path):
     args = quick_args(total_timesteps=1200, checkpoint_every=100, num_envs=4, replay_ratio=0.125, batch_size=8)
     rng = np.random.default_rng()
@@ -219,20 +208,6 @@ def test_a_resumed_log_has_the_same_returns(tmp_path):
     assert second.returns == first.returns == [1 / 3] * args.num_envs
 
 
-def test_records_start_anew_if_a_run_died_before_its_first_checkpoint(tmp_path):
-    args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto"))
-
-    def die():
-        signal_at(dqn_softmoe, 120)
-        dqn_softmoe.main(args)
-
-    assert Child(tmp_path.parent, die).wait()[0] == -signal.SIGKILL
-    assert len(read_csv(tmp_path / "run" / "metrics.csv")) == 2
-    dqn_softmoe.main(args)
-    dqn_softmoe.main(replace(args, resume=None, run_name="unbroken"))
-    assert_same_outcome(tmp_path / "run", tmp_path / "unbroken")
-
-
 def test_a_run_without_a_checkpoint_at_the_end(tmp_path, capsys):
     args = dqn_softmoe.Args(**quick(runs_dir=str(tmp_path), run_name="run", resume="auto", checkpoint_every=200))
     args = replace(args, checkpoint_at_end=False)
@@ -252,7 +227,7 @@ def test_a_run_without_a_checkpoint_at_the_end(tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------- signals
 SIGNALS = [("dqn_softmoe", name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
-SIGNALS += [(name, "SIGTERM") for name in AGENTS[1:]]
+SIGNALS += [("rainbow_softmoe", "SIGTERM")]
 
 
 @pytest.mark.parametrize("agent, name", SIGNALS, indirect=["agent"])
@@ -304,29 +279,17 @@ def test_a_signal_that_comes_twice_ends_the_process_and_one_that_nohup_ignores_d
     assert Child(tmp_path.parent, run).wait()[0] == code
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
-def test_evaluation_plays_each_game_once_and_leaves_no_trace(agent, quick_args):
-    args = quick_args(eval_episodes=23)
-    q_network = agent.QNetwork(args, (4, 12, 12), 3)
-    before = torch.get_rng_state()
-    returns = agent.evaluate(q_network, args, 5, threading.Event())
-    assert returns == agent.evaluate(q_network, args, 5, threading.Event())
-    assert len(returns) == 23 and set(returns) <= {-4.0, -2.0, 0.0, 2.0, 4.0}
-    assert torch.equal(before, torch.get_rng_state()) and q_network.training
-
-
 # ---------------------------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize("name, encoding, flags", [(AGENTS[1], "ascii", ["-OO"]), (AGENTS[2], "latin-1", [])])
-def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path, name, encoding, flags):
-    """The next test runs a copy of dqn_softmoe.py."""
-    for file in (f"{name}.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
+def test_script_and_layers_run_alone_in_an_empty_folder(tmp_path):
+    """Docstrings are removed, and the console takes only ASCII. The next test runs a copy of dqn_softmoe.py."""
+    for file in ("rainbow_softmoe.py", "moe_layers.py", "tests/helpers/pixel_game.py"):
         shutil.copy(ROOT / file, tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": encoding}
-    command = [sys.executable, *flags, f"{name}.py", *flags_of_quick_run(total_timesteps=300)]
+    environment |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-OO", "rainbow_softmoe.py", *flags_of_quick_run(total_timesteps=300)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0 and notes(done.stderr) == [], done.stderr
-    assert done.stdout.startswith(f"{name}.py: pixel_game:PixelCatch-v0")
+    assert done.stdout.startswith("rainbow_softmoe.py: pixel_game:PixelCatch-v0")
     expected = {"config.json", "episodes.csv", "metrics.csv", "weights.pt", "eval.json", "checkpoint.pt"}
     assert expected <= {path.name for path in only_run(tmp_path / "runs").iterdir()}
 

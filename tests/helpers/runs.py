@@ -1,8 +1,9 @@
-"""Paths, arguments of quick runs, readers of run directories, waiting, and child processes."""
+"""Paths, arguments of quick runs, segments, readers of run directories, waiting, and child processes."""
 
 import csv
 import gc
 import itertools
+import json
 import os
 import re
 import runpy
@@ -15,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +32,22 @@ def quick(**overrides) -> dict:
     small |= {"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1000, "target_network_frequency": 100}
     small |= {"iteration_steps": 200, "eval_episodes": 2, "cuda": False}
     return small | overrides
+
+
+SHAPE = (2, 10)  # environments and rows of a segment
+FIRST, SECOND = "000000000000.npz", "000000000020.npz"
+
+
+def write_segments(folder: Path, names=(FIRST, SECOND), env_id: str = quick()["env_id"], **changes) -> None:
+    """Write valid segments, except that the last one has the arrays in `changes`."""
+    folder.mkdir()
+    metadata = {"env_id": env_id, "num_actions": 3, "num_envs": 2, "ale_py": None, "rom_md5": None, "args": {}}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    good = {"frames": np.ones((*SHAPE, 12, 12), np.uint8), "action": np.ones(SHAPE, np.int64)}
+    good["reward"] = np.ones(SHAPE, np.float32)
+    good |= {name: np.zeros(SHAPE, bool) for name in ("terminated", "truncated")}
+    for name in names:
+        np.savez_compressed(folder / name, **good | (changes if name == names[-1] else {}))
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -50,6 +68,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def scalars(run_dir: Path) -> dict[str, list[int]]:
+    """Map each TensorBoard tag to the steps at which it was logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def outcome(run_dir: Path) -> dict:
@@ -90,6 +117,21 @@ def wait_for(condition, what: str, seconds: float = 300) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within this process: the scripts do not catch it."""
+
+
+def die(*_) -> None:
+    raise Killed
+
+
+class Exploit:
+    """Raises SystemError when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemError('unpickled')",)
 
 
 class Child:
