@@ -28,7 +28,6 @@ import sys
 import sysconfig
 import threading
 import time
-import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -48,6 +47,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import moe_layers as moe
+
+STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
+MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
+LOG_EVERY = 250  # updates between TensorBoard points
+BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
 
 
 @dataclass
@@ -114,15 +118,12 @@ class Args(moe.LayerArgs):
 
 # ------------------------------------------------------------------------------------------------------- networks
 class Conv2d(nn.Conv2d):
-    """Convolution as in Flax: SAME padding with the odd pixel at the end, zero biases, Xavier or LeCun weights."""
+    """Convolution as in Flax: SAME padding with the odd pixel at the end, Xavier weights, zero biases."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, lecun: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, init=nn.init.xavier_uniform_):
         super().__init__(in_channels, out_channels, kernel, stride)
+        init(self.weight)
         nn.init.zeros_(self.bias)
-        if lecun:
-            moe.lecun_normal_(self.weight, in_channels * kernel**2)
-        else:
-            nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
@@ -138,7 +139,8 @@ class ImpalaStack(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel: int):
         super().__init__()
         self.conv0 = Conv2d(in_channels, channels, kernel)
-        convs = (Conv2d(channels, channels, kernel, lecun=True) for _ in range(4))
+        lecun = functools.partial(moe.lecun_normal_, fan_in=channels * kernel**2)
+        convs = (Conv2d(channels, channels, kernel, init=lecun) for _ in range(4))
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,8 +177,7 @@ class QNetwork(nn.Module):
         make_encoder = functools.partial(encoders[args.encoder], width=args.encoder_width)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
-        with torch.no_grad():
-            shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
+        shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, make_encoder=make_encoder)
         self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
@@ -203,8 +204,8 @@ class QNetwork(nn.Module):
         return self.expected(self(obs)[0])
 
     def expected(self, logits: Tensor) -> Tensor:
-        """(B, A, N) -> (B, A)."""
-        return logits.softmax(dim=2) @ self.support if self.distributional else logits[:, :, 0]
+        """(..., N) -> (...)."""
+        return logits.softmax(dim=-1) @ self.support if self.distributional else logits[..., 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -237,7 +238,6 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     Huber loss to `reward + discount * max_a Q_target(next_obs, a)`. CQL: mean of logsumexp_a Q(obs, a) - Q(obs, a_data)
     on expected returns. Returns the loss (0-D), 0-D metrics, and the online network's MoEOutput or None.
     """
-    support, action = q_network.support, batch.action[:, None, None]
     logits, output = q_network(batch.obs)  # (B, A, N)
     q_values = q_network.expected(logits)  # (B, A)
     q_taken = q_values.gather(1, batch.action[:, None])[:, 0]  # (B,)
@@ -247,15 +247,13 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
         next_q = q_network.q_values(batch.next_obs) if double else target_network.expected(next_logits)  # (B, A)
         next_logits = next_logits.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
     if args.distributional:
-        atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
-        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
+        atoms = batch.reward[:, None] + batch.discount[:, None] * q_network.support  # (B, N)
+        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), q_network.support)  # (B, N)
         # take_along_dim is used because the gradient of logits[rows, actions] sorts the indices.
-        log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
-        losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
+        logits = logits.take_along_dim(batch.action[:, None, None], dim=1)[:, 0]  # (B, N): of the actions taken
+        loss = F.cross_entropy(logits, target_probs)
     else:
-        target = batch.reward + batch.discount * next_logits[:, 0]  # (B,)
-        losses = F.smooth_l1_loss(q_taken, target, reduction="none")  # (B,)
-    loss = losses.mean()
+        loss = F.smooth_l1_loss(q_taken, batch.reward + batch.discount * next_logits[:, 0])
     cql = (q_values.logsumexp(dim=1) - q_taken).mean()
     metrics = {"td_loss": loss.detach(), "cql_loss": cql.detach(), "q_data": q_taken.detach().mean()}
     metrics["q_greedy"] = q_values.detach().max(dim=1).values.mean()
@@ -268,9 +266,6 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 
 # ----------------------------------------------------------------------------------------------------------- data
-STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-
-
 class Dataset(nn.Module):
     """Saved transitions, memory-mapped or on the GPU. Batches are drawn exactly uniformly.
 
@@ -288,9 +283,8 @@ class Dataset(nn.Module):
         warnings.filterwarnings("ignore", ".*not writable.*")  # the data is only read
         for name in self.FIELDS:
             self.register_buffer(name, torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")))
-        drawable = torch.from_numpy(np.load(folder / "drawable.npy"))
-        self.num_envs, self.size = num_envs, len(drawable)
-        self.drawable = nn.Buffer(drawable.nonzero()[:, 0])  # places
+        self.num_envs, self.size = num_envs, len(self.action)
+        self.drawable = nn.Buffer(torch.from_numpy(np.load(folder / "drawable.npy").nonzero()[0]))  # places
         self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1))  # -3 .. 0
         self.window_offsets = nn.Buffer(torch.arange(n_step))  # 0 .. n-1
         self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]))  # (n+1,)
@@ -326,11 +320,10 @@ class Dataset(nn.Module):
 
 
 def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
-    """Unpack the data once, into a folder named after what is used. Returns the folder and the data's N."""
+    """Unpack the data once, into a folder named after what is used. Returns the folder and the data's `num_envs`."""
     root = Path(args.dataset_dir)
-    name = "[0-9]" * 12 + ".npz"
-    source = root if any(root.glob(name)) else root / "replay"
-    paths = sorted(source.glob(name))[: args.max_shards]
+    source = root / "replay" if (root / "replay").is_dir() else root
+    paths = sorted(source.glob("[0-9]" * 12 + ".npz"))[: args.max_shards]
     if not paths:
         raise ValueError(f"--dataset-dir {root}: no data is there, python dqn_softmoe.py --save-replay makes it")
     metadata = json.loads((source / "metadata.json").read_text())
@@ -342,13 +335,17 @@ def open_dataset(args: Args, envs: "Environments") -> tuple[Path, int]:
     cache = Path(args.cache_dir or source.parent / "replay_cache") / hashlib.md5(json.dumps(used).encode()).hexdigest()
     if not cache.exists():
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")  # several runs may start at once
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of this number
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)  # a killed process of this number may have left it
         try:
-            unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary)
-            write_json(temporary / "checksums.json", checksums(temporary))
-            with contextlib.suppress(OSError):  # another run was faster
-                temporary.rename(cache)
+            with stop_on_signals() as stop:
+                unpack(paths, args.data_fraction, metadata["num_envs"], envs, temporary, stop)
+                if not stop.is_set():
+                    write_json(temporary / "checksums.json", checksums(temporary))
+                    with contextlib.suppress(OSError):  # another run was faster
+                        temporary.rename(cache)
+            if stop.is_set():
+                print("stopped by a signal before training; start the same command again")
+                raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if checksums(cache) != json.loads((cache / "checksums.json").read_text()):
@@ -365,11 +362,14 @@ def checksums(folder: Path) -> dict[str, str]:
     return found
 
 
-def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environments", folder: Path) -> None:
-    """Write the first `fraction` of every segment into flat arrays. Raises what a damaged segment raises."""
-    rows = [math.ceil(load_segment(path, ["action"])["action"].shape[-1] * fraction) for path in paths]
+def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environments", folder: Path, stop) -> None:
+    """Write the first `fraction` of every segment into flat arrays, unless the event `stop` is set in between.
+
+    Raises what a damaged segment raises.
+    """
+    rows = [math.ceil(load_segment(path, ["action"])["action"].size // num_envs * fraction) for path in paths]
     size = sum(rows) * num_envs
-    need, free = size * (math.prod(envs.frame_shape) + 15), shutil.disk_usage(folder).free
+    need, free = size * (math.prod(envs.frame_shape) + 8 + 4 + 3), shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"unpacked data takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {folder.parent}")
     arrays = {}
@@ -377,22 +377,20 @@ def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environment
         shape = (size + 1, *envs.frame_shape) if name == "frames" else (size,)  # the last frame stays black
         arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
     terminated, truncated, drawable = arrays["terminated"], arrays["truncated"], np.ones(size, bool)
-    start, expected, end = 0, 0, 0  # next place; agent step after the used part, and after the segment
+    place, next_step, end = 0, 0, 0  # next place; agent step after the used part of a segment, and after all of it
     print(f"unpacking {size:,} steps, {need / 1e9:.2f} of {free / 1e9:.2f} GB free, into {folder.parent}", flush=True)
-    with stop_on_signals() as stop:
-        for path, used in zip(tqdm(paths, desc="unpacking", unit="segment", **BAR), rows, strict=True):
-            segment = read_segment(path, num_envs, envs.frame_shape, envs.num_actions, end)
-            places = slice(start, start + used * num_envs)
-            for name, array in arrays.items():
-                array[places] = segment[name][:, :used].swapaxes(0, 1).reshape(-1, *array.shape[1:])
-            if int(path.stem) != expected:  # a gap: the next stacks lack frames, and the steps before it are cut
-                drawable[start : start + (STACK_SIZE - 1) * num_envs] = False
-                truncated[start - num_envs : start] = ~terminated[start - num_envs : start]
-            start, expected = places.stop, int(path.stem) + used * num_envs
-            end = int(path.stem) + segment["action"].size
-            if stop.is_set():
-                print("stopped by a signal; the same command unpacks the data anew")
-                raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
+    for path, used in zip(tqdm(paths, desc="unpacking", unit="segment", **BAR), rows, strict=True):
+        if stop.is_set():
+            return
+        segment = read_segment(path, num_envs, envs.frame_shape, envs.num_actions, end)
+        first = int(path.stem)
+        for name, array in arrays.items():
+            values = segment[name][:, :used].swapaxes(0, 1)  # (used, N, ...)
+            array[place : place + used * num_envs] = values.reshape(-1, *array.shape[1:])
+        if first != next_step:  # a gap: the next stacks lack frames, and the steps before it are cut
+            drawable[place : place + (STACK_SIZE - 1) * num_envs] = False
+            truncated[place - num_envs : place] = ~terminated[place - num_envs : place]
+        place, next_step, end = place + used * num_envs, first + used * num_envs, first + segment["action"].size
     truncated[-num_envs:] = ~terminated[-num_envs:]
     if not (drawable & ~truncated).any():
         raise ValueError("the data has no step to learn from")
@@ -439,9 +437,6 @@ def read_segment(path: Path, num_envs: int, frame_shape: tuple, num_actions: int
 
 
 # --------------------------------------------------------------------------------------------------- environments
-MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
-
-
 class Environments:
     """N games in parallel. The step that ends a game returns the first frame of the next (Gymnasium's SAME_STEP).
 
@@ -505,8 +500,7 @@ class Environments:
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
-            lost = (info["lives"] < self.lives) & ~over
-            terminated = terminated | lost
+            terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
@@ -536,9 +530,6 @@ def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
 
 
-BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, a line every 30 s
-
-
 def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, stop: threading.Event) -> list[float]:
     """Return the raw returns of whole games, played in parallel at `eval_epsilon`.
 
@@ -550,24 +541,23 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
     choose = functools.partial(policy, q_network, obs, epsilon=args.eval_epsilon)
     choose = CudaGraph(choose) if device.type == "cuda" and args.cuda_graphs else choose
     frame, start, playing, returns = envs.reset(seed), np.ones(N, bool), np.ones(N, bool), []
-    running, length = np.zeros(N), np.zeros(N, int)
+    running, length, steps = np.zeros(N), np.zeros(N, int), 0
     q_network.eval()
     bar = tqdm(total=args.eval_steps, desc="evaluating", unit="step", unit_scale=True, leave=False, **BAR)
     with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for step in itertools.count(1):
+        while playing.any() and not stop.is_set():
             envs.send(choose(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
-            start, running, length = terminated | truncated, running + reward, length + 1
-            if (length == MAX_EPISODE_STEPS).any():
-                over |= length == MAX_EPISODE_STEPS
+            start, running, length, steps = terminated | truncated, running + reward, length + 1, steps + N
+            cut = length == MAX_EPISODE_STEPS
+            if (cut & playing).any():
                 tqdm.write(f"evaluation: a game was cut after {MAX_EPISODE_STEPS:,} steps", sys.stderr)
+            over |= cut
             bar.update(int(playing.sum()))
             returns += running[over & playing].tolist()
-            playing &= ~(over & (step * N >= args.eval_steps))
+            playing &= ~(over & (steps >= args.eval_steps))
             running[over], length[over] = 0, 0
-            if stop.is_set() or not playing.any():
-                break
     q_network.train()
     return returns
 
@@ -576,10 +566,10 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
 class CudaGraph:
     """Calls `function` as one CUDA graph, so that an update of many kernels costs one launch.
 
-    The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
-    replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
-    and types in every call; they reach the device through pinned memory. `function` must only use tensors that stay in
-    place, and random numbers of the default generators.
+    The first `warmup` calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is
+    captured and replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the
+    same shapes and types in every call; they reach the device through pinned memory. `function` must only use tensors
+    that stay in place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -802,8 +792,11 @@ def parse_args() -> Args:
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
         return args
+    saved = json.loads(config.read_text())
+    if saved["script"] != Path(__file__).name:
+        raise ValueError(f"--resume {args.resume}: {config} is of {saved['script']}")
     warnings.filterwarnings("error", module="tyro")  # a value of config.json that its flag does not take
-    return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
+    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume}))
 
 
 MAY_CHANGE = (  # when a run is resumed
@@ -841,19 +834,12 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
     saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old = {"script": saved["script"], **saved["args"]}
-    new = {"script": config["script"], **config["args"]}
+    new, old = config["args"], saved["args"]
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
         raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
     return run_dir, config | {"finished": saved["finished"]}, lock
-
-
-def open_csv(path: Path, rows: list[str]) -> IO[str]:
-    """Write a CSV file anew with `rows`, and return it to append more."""
-    write_file(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
-    return open(path, "a", buffering=1)  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
@@ -871,7 +857,9 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
-        self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
+        self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
+        for name, rows in self.rows.items():  # line-buffered: a row is in the file at once
+            self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         rows = [row.split(",") for row in self.rows["metrics.csv"]]
         self.evaluated = int(rows[-1][1]) if rows else 0  # update of the last evaluation
         self.score = rows[-1][3] if rows else "-"
@@ -910,10 +898,6 @@ class RunLog:
         """Updates per second since the iteration began."""
         return (update - self.started[0]) / (time.monotonic() - self.started[1])
 
-    def close(self) -> None:
-        for part in (self.bar, self.tensorboard, *self.files.values()):
-            part.close()
-
 
 def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str:
     """Return the text that says what runs, for the console."""
@@ -934,12 +918,9 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
 
 
 # ------------------------------------------------------------------------------------------------------- training
-LOG_EVERY = 250  # updates between TensorBoard points
-
-
 def due(every: int, update: int, args: Args) -> bool:
     """Whether an update is a multiple of `every` or the last one. Never if `every` is 0."""
-    return every > 0 and update > 0 and (update % every == 0 or update == args.total_updates)
+    return every > 0 and (update % every == 0 or update == args.total_updates)
 
 
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool:
@@ -951,19 +932,6 @@ def checkpoint(agent: Agent, run_dir: Path, log: RunLog, progress: dict) -> bool
         return False
     log.tensorboard.flush()
     return True
-
-
-def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, update: int) -> None:
-    """Report how the run ended: on the console, in config.json and by the exit code."""
-    print(f"{update:,} updates done, in {run_dir}")
-    if not saved:
-        raise SystemExit(1)
-    if stop.is_set():
-        print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
-        raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
-    write_json(run_dir / "config.json", config | {"finished": update})
-    if not args.checkpoint_at_end:
-        (run_dir / "checkpoint.pt").unlink()
 
 
 def main(args: Args) -> None:
@@ -993,9 +961,8 @@ def main(args: Args) -> None:
             (run_dir / "weights").mkdir(exist_ok=True)
         log = RunLog(run_dir, args, progress)
 
-    saved, unsaved, update = True, False, progress["update"]
-    metrics, output = progress["metrics"], None
-    with one_line_errors(OSError, FloatingPointError), contextlib.closing(log), stop_on_signals() as stop:
+    saved, update, metrics, output = True, progress["update"], progress["metrics"], None
+    with one_line_errors(OSError, FloatingPointError), log.bar, log.tensorboard, stop_on_signals() as stop:
         try:
             while not stop.is_set():
                 if due(args.iteration_updates, update, args) and update > log.evaluated:
@@ -1004,14 +971,14 @@ def main(args: Args) -> None:
                     if stop.is_set():
                         break  # the resumed run repeats this evaluation
                     log.iteration(update, ups, to_floats(metrics, output), returns)
-                    unsaved = True
-                if due(args.checkpoint_every, update, args) and unsaved:
-                    saved, unsaved = checkpoint(agent, run_dir, log, progress), False
+                    saved = False
                 if update >= args.total_updates:
                     break
+                if due(args.checkpoint_every, update, args) and not saved:
+                    saved = checkpoint(agent, run_dir, log, progress)
                 metrics, output = agent.learn()
                 update += 1
-                unsaved = True
+                saved = False
                 progress |= {"update": update, "metrics": metrics}
                 if update % args.target_network_frequency == 0:
                     agent.update_target()
@@ -1021,15 +988,23 @@ def main(args: Args) -> None:
                     write_weights(run_dir / "weights" / f"{update}.pt", agent.q_network)
                 log.bar.update()
         except OSError:  # a full disk or a closed pipe: the updates done so far are not lost
-            if unsaved:
+            if not saved:
                 checkpoint(agent, run_dir, log, progress)
             raise
-        if unsaved:
+        if not saved:
             saved = checkpoint(agent, run_dir, log, progress)
         log.bar.close()
         if not stop.is_set():
             write_weights(run_dir / "weights.pt", agent.q_network)
-        finish(args, run_dir, config, saved, stop, update)
+        print(f"{update:,} updates done, in {run_dir}")
+        if not saved:
+            raise SystemExit(1)
+        if stop.is_set():
+            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
+            raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
+        write_json(run_dir / "config.json", config | {"finished": update})
+        if not args.checkpoint_at_end:
+            (run_dir / "checkpoint.pt").unlink()
 
 
 if __name__ == "__main__":
@@ -1038,5 +1013,5 @@ if __name__ == "__main__":
     try:
         main(args)
     except Exception:  # a bug: print its traceback and exit with EX_SOFTWARE of sysexits.h
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         raise SystemExit(70) from None

@@ -33,7 +33,6 @@ import sys
 import sysconfig
 import threading
 import time
-import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -54,6 +53,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import moe_layers as moe
+
+STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
+MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
+SEGMENT_STEPS = 50_000  # agent steps per segment: 350 MB before compression
+LOG_EVERY = 1_000  # agent steps between TensorBoard points
+BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
 
 
 @dataclass
@@ -108,7 +113,7 @@ class Args(moe.LayerArgs):
     v_max: float = 10.0  # highest atom, in clipped returns (paper: 10)
     double: bool = True  # choose the target's action with the online network (van Hasselt et al., 2016)
     dueling: bool = True  # value and advantage heads (Wang et al., 2016)
-    noisy: bool = True  # noisy heads and first layers of experts instead of epsilon (Fortunato et al., 2018)
+    noisy: bool = True  # noisy heads and experts, or dense layer, instead of epsilon (Fortunato et al., 2018)
     prioritized: bool = True  # draw transitions in proportion to the square root of their loss (Schaul et al., 2016)
     end_epsilon: float = 0.01  # exploration after the decay (paper: 0.01; not with --noisy)
     epsilon_decay_steps: int = 2_000  # agent steps of linear decay from 1 after learning starts (DER: 2,000)
@@ -119,15 +124,12 @@ class Args(moe.LayerArgs):
 
 # ------------------------------------------------------------------------------------------------------- networks
 class Conv2d(nn.Conv2d):
-    """Convolution as in Flax: SAME padding with the odd pixel at the end, zero biases, Xavier or LeCun weights."""
+    """Convolution as in Flax: SAME padding with the odd pixel at the end, Xavier weights, zero biases."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, lecun: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, init=nn.init.xavier_uniform_):
         super().__init__(in_channels, out_channels, kernel, stride)
+        init(self.weight)
         nn.init.zeros_(self.bias)
-        if lecun:
-            moe.lecun_normal_(self.weight, in_channels * kernel**2)
-        else:
-            nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
@@ -143,7 +145,8 @@ class ImpalaStack(nn.Module):
     def __init__(self, in_channels: int, channels: int, kernel: int):
         super().__init__()
         self.conv0 = Conv2d(in_channels, channels, kernel)
-        convs = (Conv2d(channels, channels, kernel, lecun=True) for _ in range(4))
+        lecun = functools.partial(moe.lecun_normal_, fan_in=channels * kernel**2)
+        convs = (Conv2d(channels, channels, kernel, init=lecun) for _ in range(4))
         self.conv1, self.conv2, self.conv3, self.conv4 = convs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,8 +184,7 @@ class QNetwork(nn.Module):
         make_encoder = functools.partial(encoders[args.encoder], width=args.encoder_width)
         big = args.expert_variant == "big"  # each expert has an encoder of its own
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
-        with torch.no_grad():
-            shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
+        shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, noisy=args.noisy, patch_dim=64, make_encoder=make_encoder)
         self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
         self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
@@ -209,8 +211,8 @@ class QNetwork(nn.Module):
         return self.expected(self(obs)[0])
 
     def expected(self, logits: Tensor) -> Tensor:
-        """(B, A, N) -> (B, A)."""
-        return logits.softmax(dim=2) @ self.support if self.distributional else logits[:, :, 0]
+        """(..., N) -> (...)."""
+        return logits.softmax(dim=-1) @ self.support if self.distributional else logits[..., 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- loss
@@ -223,7 +225,7 @@ class Batch(NamedTuple):
     discount: Tensor  # (B,) float32: gamma^k * (1 - terminated) for the k steps actually taken
     next_obs: Tensor  # (B, stack, H, W) uint8: k steps later; not used where terminated
     index: Tensor  # (B,) int64: place in the replay
-    importance_weights: Tensor  # (B,) float32: 1 where the draw is uniform
+    importance_weights: Tensor  # (B,) float32: 1/sqrt(p) over its largest in the batch (beta = 0.5, as the authors)
 
 
 def project_distribution(atoms: Tensor, probs: Tensor, support: Tensor) -> Tensor:
@@ -257,21 +259,20 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     1). Else: Huber loss to `reward + discount * Q_target(next_obs, a)`. Returns the loss (0-D), weighted by the
     importance weights, 0-D metrics, the online network's MoEOutput or None, and the losses (B,) for the priorities.
     """
-    if args.augment:  # torch.compile cannot trace `batch._replace`
-        batch = Batch(augment(batch.obs), *batch[1:4], augment(batch.next_obs), *batch[5:])
-    support, action = q_network.support, batch.action[:, None, None]
+    if args.augment:
+        batch = batch._replace(obs=augment(batch.obs), next_obs=augment(batch.next_obs))
     logits, output = q_network(batch.obs)  # (B, A, N)
-    q_taken = q_network.expected(logits).gather(1, batch.action[:, None])[:, 0]  # (B,)
+    # take_along_dim is used because the gradient of logits[rows, actions] sorts the indices.
+    logits = logits.take_along_dim(batch.action[:, None, None], dim=1)[:, 0]  # (B, N): of the actions taken
+    q_taken = q_network.expected(logits)  # (B,)
     with torch.no_grad():
         next_logits = target_network(batch.next_obs)[0]  # (B, A, N)
         next_q = q_network.q_values(batch.next_obs) if args.double else target_network.expected(next_logits)  # (B, A)
         next_logits = next_logits.take_along_dim(next_q.argmax(dim=1)[:, None, None], dim=1)[:, 0]  # (B, N)
     if args.distributional:
-        atoms = batch.reward[:, None] + batch.discount[:, None] * support  # (B, N)
-        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), support)  # (B, N)
-        # take_along_dim is used because the gradient of logits[rows, actions] sorts the indices.
-        log_probs = logits.take_along_dim(action, dim=1)[:, 0].log_softmax(dim=1)  # (B, N)
-        losses = -(target_probs * log_probs).sum(dim=1)  # (B,)
+        atoms = batch.reward[:, None] + batch.discount[:, None] * q_network.support  # (B, N)
+        target_probs = project_distribution(atoms, next_logits.softmax(dim=1), q_network.support)  # (B, N)
+        losses = F.cross_entropy(logits, target_probs, reduction="none")  # (B,)
     else:
         target = batch.reward + batch.discount * next_logits[:, 0]  # (B,)
         losses = F.smooth_l1_loss(q_taken, target, reduction="none")  # (B,)
@@ -285,9 +286,6 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
 
 
 # --------------------------------------------------------------------------------------------------------- replay
-STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-
-
 class ReplayBuffer(nn.Module):
     """Ring buffer of single frames that draws transitions exactly uniformly.
 
@@ -361,7 +359,9 @@ class ReplayBuffer(nn.Module):
         num_steps = taken.sum(dim=1)
         discount = self.gammas[num_steps] * ~(taken & terminated).any(dim=1)
         obs, next_obs = self.observation(torch.stack([index, self.later(index, num_steps)]))
-        return Batch(obs, self.action[index], reward, discount, next_obs, index, torch.ones_like(reward))
+        weight = self.weight[index]
+        importance_weights = (weight.min() / weight).sqrt().float()
+        return Batch(obs, self.action[index], reward, discount, next_obs, index, importance_weights)
 
     def observation(self, index: Tensor) -> Tensor:
         """Return the stacks of frames (..., stack, H, W) that end at places (...)."""
@@ -376,7 +376,10 @@ class ReplayBuffer(nn.Module):
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the written rows, on the host. They pass through NumPy, or torch.save would write the whole ring."""
+        """Return the state on the host, with only the frames that were written.
+
+        Arrays pass through NumPy, or torch.save would write the whole ring.
+        """
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
@@ -395,18 +398,12 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     """
 
     def sample(self, batch_size: int) -> Batch:
-        """Draw one transition from each of `batch_size` strata of equal mass.
-
-        Importance weights are 1/sqrt(p) over their largest in the batch (beta = 0.5, fixed, as in the authors' code).
-        """
+        """Draw one transition from each of `batch_size` strata of equal weight."""
         cumulative = self.weight.cumsum(dim=0)  # (places,)
-        stratum = torch.arange(batch_size, device=cumulative.device)
-        draw = stratum + torch.rand(batch_size, dtype=torch.float64, device=cumulative.device)
-        total = cumulative[-1]
-        mass = (draw * (total / batch_size)).minimum(total * (1 - 2**-52))  # rounding may reach the total
-        index = torch.searchsorted(cumulative, mass, right=True)
-        weight = self.weight[index]
-        return Batch(*self.gather(index)[:-1], (weight.min() / weight).sqrt().float())
+        draw = torch.rand(batch_size, dtype=torch.float64, device=cumulative.device)
+        share = (torch.arange(batch_size, device=draw.device) + draw) / batch_size
+        share = share.clamp_max(1 - 2**-53)  # rounding may reach 1
+        return self.gather(torch.searchsorted(cumulative, share * cumulative[-1], right=True))
 
     def update_priorities(self, index: Tensor, losses: Tensor) -> None:
         """Set the weights of places `index` (B,) from the unweighted losses (B,).
@@ -454,9 +451,6 @@ def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device
 
 
 # --------------------------------------------------------------------------------------------------- environments
-MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
-
-
 class Environments:
     """N games in parallel. The step that ends a game returns the first frame of the next (Gymnasium's SAME_STEP).
 
@@ -520,8 +514,7 @@ class Environments:
         obs, reward, terminated, truncated, info = self.envs.recv() if self.game else self.envs.step(self.action)
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
-            lost = (info["lives"] < self.lives) & ~over
-            terminated = terminated | lost
+            terminated = terminated | (info["lives"] < self.lives) & ~over
             self.lives = info["lives"].copy()
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
@@ -549,9 +542,6 @@ def select_actions(q_values: Tensor, epsilon: Tensor | float) -> Tensor:
 def policy(q_network: QNetwork, obs: Tensor, frame, start, epsilon) -> Tensor:
     """Push frames (N, H, W) to the stacks `obs` (N, 4, H, W) and return epsilon-greedy actions (N,)."""
     return select_actions(q_network.q_values(push(obs, frame, start)), epsilon)
-
-
-BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, a line every 30 s
 
 
 def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) -> list[float]:
@@ -587,10 +577,10 @@ def evaluate(q_network: QNetwork, args: Args, seed: int, stop: threading.Event) 
 class CudaGraph:
     """Calls `function` as one CUDA graph, so that an update of many kernels costs one launch.
 
-    The first calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is captured and
-    replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the same shapes
-    and types in every call; they reach the device through pinned memory. `function` must only use tensors that stay in
-    place, and random numbers of the default generators.
+    The first `warmup` calls run eagerly: cuDNN picks its algorithms, and torch.compile compiles. The next call is
+    captured and replayed. Capturing executes nothing, so every call takes effect once. Inputs are host arrays of the
+    same shapes and types in every call; they reach the device through pinned memory. `function` must only use tensors
+    that stay in place, and random numbers of the default generators.
     """
 
     def __init__(self, function: Callable, warmup: int = 10):
@@ -835,8 +825,11 @@ def parse_args() -> Args:
     config = run_path(args) / "config.json"
     if args.resume is None or args.resume == "auto" and not config.exists():
         return args
+    saved = json.loads(config.read_text())
+    if saved["script"] != Path(__file__).name:
+        raise ValueError(f"--resume {args.resume}: {config} is of {saved['script']}")
     warnings.filterwarnings("error", module="tyro")  # a value of config.json that its flag does not take
-    return tyro.cli(Args, default=Args(**json.loads(config.read_text())["args"] | {"resume": args.resume}))
+    return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume}))
 
 
 MAY_CHANGE = (  # when a run is resumed
@@ -874,16 +867,12 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
     saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    old = {"script": saved["script"], **saved["args"]}
-    new = {"script": config["script"], **config["args"]}
+    new, old = config["args"], saved["args"]
     changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
     if changed:
         changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
         raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
     return run_dir, config | {"finished": saved["finished"]}, lock
-
-
-SEGMENT_STEPS = 50_000  # agent steps per segment: 350 MB before compression
 
 
 class ReplayLog:
@@ -895,7 +884,7 @@ class ReplayLog:
 
     def __init__(self, folder: Path, args: Args, envs: Environments, global_step: int):
         folder.mkdir(exist_ok=True)
-        self.folder, self.written, self.thread, self.pending = folder, global_step, ThreadPoolExecutor(1), None
+        self.folder, self.written, self.thread = folder, global_step, ThreadPoolExecutor(1)
         self.every = min(SEGMENT_STEPS, args.buffer_size) // args.num_envs * args.num_envs
         for path in folder.glob("[0-9]" * 12 + ".npz"):
             if int(path.stem) >= global_step:
@@ -903,30 +892,17 @@ class ReplayLog:
         rom = Path(ale_py.roms.get_rom_path(envs.game)).read_bytes() if envs.game else b""
         metadata = {"env_id": args.env_id, "num_actions": envs.num_actions, "num_envs": args.num_envs}
         metadata |= {"ale_py": ale_py.__version__, "rom_md5": hashlib.md5(rom).hexdigest(), "args": vars(args)}
-        write_json(folder / "metadata.json", metadata)
+        self.pending = self.thread.submit(write_json, folder / "metadata.json", metadata)  # the last file
+        self.pending.result()
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Start writing the new steps before `global_step`.
-
-        Raises the error of the previous segment, if any. No checkpoint is written then: its data would lack a segment.
-        """
-        self.wait()
+        """Start writing the new steps before `global_step`. Raises the error of the previous segment, if any."""
+        self.pending.result()
         if global_step > self.written:
             arrays = replay.newest((global_step - self.written) // replay.num_envs)
             path, self.written = self.folder / f"{self.written:012d}.npz", global_step
             save = functools.partial(np.savez_compressed, **arrays)
             self.pending = self.thread.submit(write_file, path, save)
-
-    def wait(self) -> None:
-        """Wait until the last segment is on the disk. Raises its error, if any."""
-        if self.pending:
-            self.pending.result()
-
-
-def open_csv(path: Path, rows: list[str]) -> IO[str]:
-    """Write a CSV file anew with `rows`, and return it to append more."""
-    write_file(path, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
-    return open(path, "a", buffering=1)  # line-buffered: a row is in the file at once
 
 
 def to_floats(metrics: dict[str, Tensor], output: moe.MoEOutput | None) -> dict[str, float]:
@@ -947,9 +923,11 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
-        self.files = {name: open_csv(run_dir / name, [self.HEADERS[name], *rows]) for name, rows in self.rows.items()}
+        self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
+        for name, rows in self.rows.items():  # line-buffered: a row is in the file at once
+            self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         self.returns = [float(row.split(",")[1]) for row in self.rows["episodes.csv"]]
-        self.scored = sum(int(row.split(",")[2]) for row in self.rows["metrics.csv"])  # episodes of past iterations
+        self.running_return, self.running_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
         global_step = progress["global_step"]
         self.tensorboard = SummaryWriter(str(run_dir), purge_step=global_step + 1)
         self.started = global_step, time.monotonic()
@@ -963,10 +941,6 @@ class RunLog:
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, global_step)
-
-    def new_games(self) -> None:
-        """Start counting returns anew. Those of the games that were cut do not count."""
-        self.running_return, self.running_length = np.zeros(self.args.num_envs), np.zeros(self.args.num_envs, int)
 
     def round(self, global_step: int, reward: np.ndarray, over: np.ndarray) -> None:
         """Add up raw rewards (N,), and write a row for each game that is over (N,)."""
@@ -993,8 +967,8 @@ class RunLog:
 
     def iteration(self, global_step: int) -> None:
         """Write the paper's score: mean raw return of the episodes that ended in the last `iteration_steps`."""
-        returns = self.returns[self.scored :]
-        self.scored = len(self.returns)
+        scored = sum(int(row.split(",")[2]) for row in self.rows["metrics.csv"])  # episodes of past iterations
+        returns = self.returns[scored:]
         number = global_step // self.args.iteration_steps - 1
         mean = f"{np.mean(returns):.4f}" if returns else ""
         self.write("metrics.csv", number, global_step, len(returns), mean, f"{self.sps(global_step):.1f}")
@@ -1004,10 +978,6 @@ class RunLog:
     def sps(self, global_step: int) -> float:
         """Agent steps per second since the iteration began."""
         return (global_step - self.started[0]) / (time.monotonic() - self.started[1])
-
-    def close(self) -> None:
-        for part in (self.bar, self.tensorboard, *self.files.values()):
-            part.close()
 
 
 def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str:
@@ -1028,9 +998,6 @@ def describe(args: Args, run_dir: Path, envs: Environments, agent: Agent) -> str
 
 
 # ------------------------------------------------------------------------------------------------------- training
-LOG_EVERY = 1_000  # agent steps between TensorBoard points
-
-
 def due(every: int, step: int, round_steps: int) -> bool:
     """Whether one of the last `round_steps` steps is a multiple of `every`. Never if `every` is 0."""
     return every > 0 and step // every > (step - round_steps) // every
@@ -1047,12 +1014,13 @@ def epsilon_at(step: int, args: Args) -> float:
 
 
 def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog | None, global_step: int) -> bool:
-    """Cut the running episodes and save. Returns False, after a warning, if the file cannot be written."""
+    """Cut the running episodes and save. Returns False, after a warning, if a file cannot be written."""
     agent.replay.cut()
+    log.running_return[:], log.running_length[:] = 0, 0  # the games that are cut do not count
     try:
         if replay_log:
             replay_log.write(agent.replay, global_step)
-            replay_log.wait()
+            replay_log.pending.result()  # the segment is on the disk
         agent.save(run_dir / "checkpoint.pt", {"global_step": global_step, "rows": log.rows})
     except OSError as error:
         tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
@@ -1073,19 +1041,6 @@ def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: thr
         write_json(run_dir / "eval.json", result)
         log.scalars(global_step + 1, {"charts/eval_return": mean})  # one later: resuming purges it
         print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
-
-
-def finish(args: Args, run_dir: Path, config: dict, saved: bool, stop: threading.Event, global_step: int) -> None:
-    """Report how the run ended: on the console, in config.json and by the exit code."""
-    print(f"{global_step:,} agent steps done, in {run_dir}")
-    if not saved:
-        raise SystemExit(1)
-    if stop.is_set():
-        print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
-        raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
-    write_json(run_dir / "config.json", config | {"finished": global_step})
-    if not args.checkpoint_at_end:
-        (run_dir / "checkpoint.pt").unlink()
 
 
 def main(args: Args) -> None:
@@ -1115,7 +1070,7 @@ def main(args: Args) -> None:
         log = RunLog(run_dir, args, progress)
 
     saved, metrics, output, N = True, {}, None, args.num_envs
-    with one_line_errors(OSError, FloatingPointError), contextlib.closing(log), stop_on_signals() as stop:
+    with one_line_errors(OSError, FloatingPointError), log.bar, log.tensorboard, stop_on_signals() as stop:
         # A round chooses actions, learns while the games emulate, and stores the outcome of the actions. A checkpoint
         # ends the running games. The next round starts new ones, with a seed that follows from the step, so that a
         # resumed run equals an unbroken one.
@@ -1123,7 +1078,6 @@ def main(args: Args) -> None:
             if global_step == new_games_step:
                 frame = envs.reset(reset_seed(args.seed, global_step))
                 start = np.ones(N, bool)
-                log.new_games()
             epsilon = 0.0 if args.noisy else epsilon_at(global_step, args)
             envs.send(agent.act(frame, start, epsilon).cpu().numpy())
             if replay_log and due(replay_log.every, global_step, N):
@@ -1157,7 +1111,15 @@ def main(args: Args) -> None:
         log.bar.close()
         if not stop.is_set():
             evaluate_run(args, agent, log, run_dir, stop, global_step)
-        finish(args, run_dir, config, saved, stop, global_step)
+        print(f"{global_step:,} agent steps done, in {run_dir}")
+        if not saved:
+            raise SystemExit(1)
+        if stop.is_set():
+            print(f"stopped by a signal; continue with: python {shlex.join([sys.argv[0], '--resume', str(run_dir)])}")
+            raise SystemExit(75)  # EX_TEMPFAIL of sysexits.h
+        write_json(run_dir / "config.json", config | {"finished": global_step})
+        if not args.checkpoint_at_end:
+            (run_dir / "checkpoint.pt").unlink()
 
 
 if __name__ == "__main__":
@@ -1166,5 +1128,5 @@ if __name__ == "__main__":
     try:
         main(args)
     except Exception:  # a bug: print its traceback and exit with EX_SOFTWARE of sysexits.h
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         raise SystemExit(70) from None

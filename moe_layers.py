@@ -28,7 +28,7 @@ SIGMA_0 = 0.1  # initial scale of noisy weights (authors' code; Fortunato et al.
 
 
 class Routing(NamedTuple):
-    """How tokens reach slots and come back. Soft MoE: two softmaxes. Top-1: one-hot, and that times the gate."""
+    """How tokens reach slots and come back. Soft MoE: two softmaxes. Sparse: 0 or 1, and that times the gate."""
 
     dispatch_weights: Tensor  # (B, T, E, S): slot (e, s) reads this mixture of the tokens
     combine_weights: Tensor  # (B, T, E, S): token t reads this mixture of the slots' outputs
@@ -41,7 +41,7 @@ class MoEOutput(NamedTuple):
 
     tokens: Tensor  # (B, T, D)
     routing: Routing
-    hidden: Tensor  # (B, E, S, H): the experts' hidden activations, after the ReLU
+    hidden: Tensor  # (B, E, S, H): the experts' hidden activations, after the ReLU; of `BigExperts` (B, E, 1, H)
 
     def detach(self) -> "MoEOutput":
         """Return the same values, detached from the graph."""
@@ -335,7 +335,8 @@ class Top1MoE(nn.Module):
 class ExpertChoiceMoE(Top1MoE):
     """Sparse mixture of experts in which each expert takes the S tokens that it is most probable for (2202.09368).
 
-    It differs from `Top1MoE` in three ways: a token may go to several experts or to none, without noise, and S <= T.
+    Unlike in `Top1MoE`, a token may go to several experts or to none, an expert takes at most T tokens, and
+    `router_noise_std` has no effect.
     """
 
     def route(self, tokens: Tensor) -> Routing:
@@ -449,7 +450,7 @@ def load_balancing_loss(output: MoEOutput, losses: str, importance_weight: float
 
 
 def entropy_loss(router_probs: Tensor) -> Tensor:
-    """(B, T, E) -> 0-D: 1 - entropy of the histogram of top experts / log E. A statistic: it has no gradient."""
+    """(B, T, E) -> 0-D: 1 - (entropy of the histogram of top experts) / log E. It has no gradient."""
     E = router_probs.shape[2]
     top = router_probs.argmax(dim=2, keepdim=True) == torch.arange(E, device=router_probs.device)  # (B, T, E)
     share = top.sum(dim=1) + 1e-6
@@ -510,7 +511,7 @@ class LayerArgs:
     default_num_experts: ClassVar[int] = 8
 
     layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
-    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
+    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); else factor of width (default: 1)
     expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
     tokenization: Tokenization = "PerConv"  # how the feature map becomes tokens (paper, figure 3)
     capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
@@ -576,8 +577,7 @@ def build_layer(
         tokenizer = PatchTokenizer(shape[0], average=True)
     else:
         tokenizer = functools.partial(tokenize, tokenization=tokenization)
-    with torch.no_grad():
-        _, num_tokens, token_dim = tokenizer(torch.zeros(1, *shape)).shape
+    _, num_tokens, token_dim = tokenizer(torch.zeros(1, *shape)).shape
     width = args.expert_hidden_dim * args.num_experts  # of the dense layers
     if args.layer == "tokenized":
         return tokenizer, TokenizedLayer(token_dim, width, noisy=noisy), width

@@ -37,7 +37,7 @@ ITS_OWN = [
         ["dqn_softmoe.py", "rainbow_softmoe.py"],
         "Args QNetwork QNetwork.__init__ Batch td_loss ReplayBuffer ReplayBuffer.__init__ ReplayBuffer.sample evaluate "
         "Agent Agent.__init__ Agent.learn check_args run_path MAY_CHANGE RunLog RunLog.__init__ RunLog.scalars "
-        "RunLog.update RunLog.iteration describe LOG_EVERY due checkpoint finish main",
+        "RunLog.update RunLog.iteration describe LOG_EVERY due checkpoint main",
     ),
 ]
 # Flags of cql_softmoe.py whose help must differ, because they count updates or depend on the loss.
