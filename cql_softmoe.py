@@ -49,7 +49,7 @@ from tqdm import tqdm
 import moe_layers as moe
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
+MAX_EPISODE_STEPS = 27_000  # agent steps after which a game is cut, 30 minutes (Machado et al., 2018)
 LOG_EVERY = 250  # updates between TensorBoard points
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
 
@@ -634,15 +634,15 @@ class Agent:
         need = sum(buffer.nbytes for buffer in self.data.buffers())
         on_gpu = device.type == "cuda" and args.replay_device == "auto"
         fits = on_gpu and need < 0.8 * torch.cuda.mem_get_info(device)[0]
-        place = device if fits else torch.device("cpu")
-        self.data.to(place)
+        location = device if fits else torch.device("cpu")
+        self.data.to(location)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss = compile(td_loss)
-        if place == device:
+        if location == device:
             self.data.sample = compile(self.data.sample, options={"fallback_random": True})  # draws in float64
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
-            name = "learn" if place == device else "update"  # data on the host cannot be in a graph
+            name = "learn" if location == device else "update"  # data on the host cannot be in a graph
             setattr(self, name, CudaGraph(getattr(self, name)))
 
     def learn(self) -> tuple:
@@ -768,7 +768,7 @@ def check_args(args: Args) -> None:
     args.check_range("learning_rate adam_eps", 1e-30, 1e30)
     args.check_range("num_atoms", 2, 1_000)
     args.check_range("v_max", -1e30, 1e30)
-    # Neighbouring atoms must be at least 1,000 float32 steps apart.
+    # Neighbouring atoms must be at least 1,000 float32 steps apart, or the projection would lose mass.
     resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
     args.check_range("v_min", -1e30, args.v_max - resolved)
     args.check_effect("num_atoms v_min v_max double dueling", args.distributional, "--distributional")

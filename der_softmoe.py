@@ -55,7 +55,7 @@ from tqdm import tqdm
 import moe_layers as moe
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
+MAX_EPISODE_STEPS = 27_000  # agent steps after which a game is cut, 30 minutes (Machado et al., 2018)
 SEGMENT_STEPS = 50_000  # agent steps per segment: 350 MB before compression
 LOG_EVERY = 1_000  # agent steps between TensorBoard points
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
@@ -115,7 +115,7 @@ class Args(moe.LayerArgs):
     dueling: bool = True  # value and advantage heads (Wang et al., 2016)
     noisy: bool = True  # noisy heads and experts, or dense layer, instead of epsilon (Fortunato et al., 2018)
     prioritized: bool = True  # draw transitions in proportion to the square root of their loss (Schaul et al., 2016)
-    end_epsilon: float = 0.01  # exploration after the decay (paper: 0.01; not with --noisy)
+    end_epsilon: float = 0.01  # exploration after the decay (paper: 0.01; noisy layers: 0)
     epsilon_decay_steps: int = 2_000  # agent steps of linear decay from 1 after learning starts (DER: 2,000)
     eval_epsilon: float = 0.001  # exploration in evaluation (paper: 0.001)
 
@@ -256,8 +256,9 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
     """C51's loss, or without `distributional` the Huber loss of Q-values, as in DrQ(eps).
 
     C51: cross-entropy to the projected `reward + discount * Z_target(next_obs, a)` (Bellemare et al., 2017, algorithm
-    1). Else: Huber loss to `reward + discount * Q_target(next_obs, a)`. Returns the loss (0-D), weighted by the
-    importance weights, 0-D metrics, the online network's MoEOutput or None, and the losses (B,) for the priorities.
+    1). Else: Huber loss to `reward + discount * Q_target(next_obs, a)`. The action a is the best one by the online
+    network with `double`, else by the target network. Returns the loss (0-D), weighted by the importance weights,
+    0-D metrics, the online network's MoEOutput or None, and the losses (B,) for the priorities.
     """
     if args.augment:
         batch = batch._replace(obs=augment(batch.obs), next_obs=augment(batch.next_obs))
@@ -420,7 +421,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
 
 def free_memory() -> float:
-    """Return the bytes of host memory that are free for this process: in the system and in its cgroups (Linux)."""
+    """Return the bytes of host memory that this process may use, in the system and its cgroups (not Linux: inf)."""
     # Folder of a version of cgroups, file of the limit, and the name of the memory in use in memory.stat.
     v1 = "/memory", "memory.limit_in_bytes", "total_rss"
     v2 = "", "memory.max", "anon"
@@ -641,13 +642,13 @@ class Agent:
         self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        place = replay_device(args, envs.frame_shape, device)
+        location = replay_device(args, envs.frame_shape, device)
         window = {"n_step": args.n_step, "gamma": args.gamma}
         buffer = PrioritizedReplayBuffer if args.prioritized else ReplayBuffer
-        self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
+        self.replay = buffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(location)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss, self.policy = compile(td_loss), compile(policy)
-        if place == device:
+        if location == device:
             # Fallback random draws in float64, as eager code does. Autotuning would copy the whole ring to the host.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}
             for function in ("add", "sample"):
@@ -657,7 +658,7 @@ class Agent:
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
             # A replay on the host cannot be in a graph.
-            names = ("act", "observe", "learn") if place == device else ("act", "update")
+            names = ("act", "observe", "learn") if location == device else ("act", "update")
             for name in names:
                 setattr(self, name, CudaGraph(getattr(self, name)))
 
@@ -798,7 +799,7 @@ def check_args(args: Args) -> None:
     args.check_range("replay_ratio", 1e-6, 100)
     args.check_range("num_atoms", 2, 1_000)
     args.check_range("v_max", -1e30, 1e30)
-    # Neighbouring atoms must be at least 1,000 float32 steps apart.
+    # Neighbouring atoms must be at least 1,000 float32 steps apart, or the projection would lose mass.
     resolved = 2**-13 * args.num_atoms * max(abs(args.v_min), abs(args.v_max), 1e-3)
     args.check_range("v_min", -1e30, args.v_max - resolved)
     args.check_effect("num_atoms v_min v_max", args.distributional, "--distributional")

@@ -51,7 +51,7 @@ from tqdm import tqdm
 import moe_layers as moe
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-MAX_EPISODE_STEPS = 27_000  # agent steps of an Atari game, 30 minutes (Machado et al., 2018)
+MAX_EPISODE_STEPS = 27_000  # agent steps after which a game is cut, 30 minutes (Machado et al., 2018)
 SEGMENT_STEPS = 50_000  # agent steps per segment: 350 MB before compression
 LOG_EVERY = 1_000  # agent steps between TensorBoard points
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
@@ -102,7 +102,7 @@ class Args(moe.LayerArgs):
     target_network_frequency: int = 8_000  # agent steps between copies to the target network (paper: 8,000; DER: 2,000)
 
     # DQN
-    end_epsilon: float = 0.01  # exploration after the decay (paper: 0.01; not with --noisy)
+    end_epsilon: float = 0.01  # exploration after the decay (paper: 0.01; noisy layers: 0)
     epsilon_decay_steps: int = 250_000  # agent steps of linear decay from 1 after learning starts (DER: 2,000)
     eval_epsilon: float = 0.001  # exploration in evaluation (paper: 0.001)
 
@@ -322,7 +322,7 @@ class ReplayBuffer(nn.Module):
 
 
 def free_memory() -> float:
-    """Return the bytes of host memory that are free for this process: in the system and in its cgroups (Linux)."""
+    """Return the bytes of host memory that this process may use, in the system and its cgroups (not Linux: inf)."""
     # Folder of a version of cgroups, file of the limit, and the name of the memory in use in memory.stat.
     v1 = "/memory", "memory.limit_in_bytes", "total_rss"
     v2 = "", "memory.max", "anon"
@@ -543,12 +543,12 @@ class Agent:
         self.generators = [torch.default_generator, *(torch.cuda.default_generators if device.type == "cuda" else ())]
         adam = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": graphs}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **adam)
-        place = replay_device(args, envs.frame_shape, device)
+        location = replay_device(args, envs.frame_shape, device)
         window = {"n_step": args.n_step, "gamma": args.gamma}
-        self.replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(place)
+        self.replay = ReplayBuffer(args.buffer_size, args.num_envs, envs.frame_shape, **window).to(location)
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss, self.policy = compile(td_loss), compile(policy)
-        if place == device:
+        if location == device:
             # Fallback random draws in float64, as eager code does. Autotuning would copy the whole ring to the host.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}
             for function in ("add", "sample"):
@@ -556,7 +556,7 @@ class Agent:
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
             # A replay on the host cannot be in a graph.
-            names = ("act", "observe", "learn") if place == device else ("act", "update")
+            names = ("act", "observe", "learn") if location == device else ("act", "update")
             for name in names:
                 setattr(self, name, CudaGraph(getattr(self, name)))
 
