@@ -49,7 +49,7 @@ from tqdm import tqdm
 import moe_layers as moe
 
 STACK_SIZE = 4  # frames per observation (Mnih et al., 2015)
-MAX_EPISODE_STEPS = 27_000  # agent steps after which a game is cut, 30 minutes (Machado et al., 2018)
+MAX_EPISODE_STEPS = 27_000  # agent steps after which a game is cut, 30 minutes (Hessel et al., 2018)
 LOG_EVERY = 250  # updates between TensorBoard points
 BAR = {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 30.0}  # in a log file, every 30 s
 

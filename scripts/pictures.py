@@ -53,7 +53,8 @@ for ax, (agent, run) in zip(axes, RUNS.items(), strict=True):
     ax.fill_between(range(1, 5), low, high, color=GREY, alpha=0.5, lw=0, label="published, range of 5 seeds")
     ax.plot(range(1, 5), mean, color="black", lw=1, ls="--", label="published, mean")
     ax.plot(range(1, len(ours) + 1), ours, "o", color=BLUE, label="this code, 1 seed")
-    ax.set(title=f"{agent}, dense layer", xlabel="million frames", xticks=range(1, 5))
+    title = "DQN" if agent == "DQN" else "C51, 3-step, prioritised"  # the published "Rainbow"
+    ax.set(title=f"{title}, dense layer", xlabel="million frames", xticks=range(1, 5))
 axes[0].set_ylabel("Breakout, mean return")
 axes[0].legend(fontsize=8, loc="upper left")
 figure.savefig(RESULTS / "breakout.png")

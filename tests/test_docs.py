@@ -77,7 +77,7 @@ def test_the_table_of_flags_has_their_defaults():
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_and_files_that_are_mentioned_exist(name):
-    known = {flag for script in SCRIPTS for flag in defaults(script)} | {"--help"}
+    known = {flag for script in SCRIPTS for flag in defaults(script)} | {"--help", "--logdir"}
     known |= {f"--no-{flag[2:]}" for flag in known}
     known = known.union(*(options(path) for path in (ROOT / "scripts").glob("*.*")))
     text = re.sub(r".*cleanrl/.*\n.*|.*fig12_low_data.*", "", TEXTS[name])
