@@ -39,8 +39,7 @@ import dqn_softmoe
 import moe_layers as moe
 
 THRESHOLDS = (0.0, 0.001, 0.01)
-MEASURES = ("srank/0.01", "effective_rank", "feature_norm", "dormant", "ntk_rank/0.01", "expert_similarity")
-AXIS_LABELS = {  # all other measures are labelled with their names
+MEASURES = {  # what is drawn by default, and its label; all other measures are labelled with their names
     "srank/0.01": "srank of features\n(singular values > 1%)",
     "effective_rank": "effective rank\nof features (99%)",
     "feature_norm": "feature norm",
@@ -58,7 +57,7 @@ class Options:
     steps: int = 1_000  # agent steps played to collect the transitions
     epsilon: float = 0.05  # probability of a random action in these steps
     tau: float = 0.0  # neurons are dormant up to this multiple of the layer's mean activation
-    measures: tuple[str, ...] = MEASURES  # columns of the figure; analysis.csv has all measures
+    measures: tuple[str, ...] = tuple(MEASURES)  # columns of the figure; analysis.csv has all measures
     repetitions: int = 2_000  # number of bootstrap samples
     seed: int = 1  # random seed of games, actions, transitions and the bootstrap
 
@@ -127,8 +126,8 @@ def measure(script, q_network: nn.Module, args, batch, tau: float) -> dict[str, 
 
 def play_transitions(args, q_network: nn.Module, options: Options) -> dqn_softmoe.Batch:
     """Play the game with `q_network`, and return a batch of the transitions."""
-    envs = dqn_softmoe.Environments(args, 4)
-    replay = dqn_softmoe.ReplayBuffer(options.steps + 40, 4, envs.frame_shape, n_step=args.n_step, gamma=args.gamma)
+    envs, size = dqn_softmoe.Environments(args, 4), options.steps + 4 * (args.n_step + 10)
+    replay = dqn_softmoe.ReplayBuffer(size, 4, envs.frame_shape, n_step=args.n_step, gamma=args.gamma)
     obs = torch.zeros(4, dqn_softmoe.STACK_SIZE, *envs.frame_shape, dtype=torch.uint8)
     frame, start = envs.reset(options.seed), np.ones(4, bool)
     torch.manual_seed(options.seed)
@@ -178,21 +177,23 @@ def plot_measures(agent: str, points: list[Point], methods: list[tuple], options
                 values[point.game, name, method][point.step].append(point.measures[name])
     games = sorted({game for game, *_ in values})
     names = [name for name in options.measures if any(name == key[1] for key in values)]
+    if not names:
+        print(f"{agent}: no figure, because no network has {' or '.join(options.measures)}")
+        return
     styles, rows, unit = plot.line_styles({*methods}), [], plot.unit_of_steps(agent)
     size = {"figsize": (1.9 * len(names), 1.5 * len(games) + 0.3), "sharex": True, "squeeze": False}
     figure, grid = plot.plt.subplots(len(games), len(names), **size)
     for (game, name), axes in zip(itertools.product(games, names), grid.flat, strict=True):
         for method in sorted({*methods}, key=plot.sort_key):
-            by_step = values[game, name, method]
-            seeds = [np.array(x) for x in by_step.values()]
-            if seeds:
+            if by_step := values[game, name, method]:
+                seeds = [np.array(x) for x in by_step.values()]
                 intervals = [plot.interval(x[plot.bootstrap_indices([x], options)].mean(axis=1)) for x in seeds]
                 x = (4 if unit == "frames" else 1) * np.array([*by_step])
                 line = x, [x.mean() for x in seeds], *zip(*intervals, strict=True)
                 plot.draw_bands(axes, {method: line}, styles)
                 found = plot.csv_rows(method, (unit, "mean", "low", "high"), *line)
                 rows += [{"game": game, "measure": name} | row for row in found]
-        axes.set(title=game, ylabel=AXIS_LABELS.get(name, name))
+        axes.set(title=game, ylabel=MEASURES.get(name, name))
         axes.xaxis.set_major_formatter(plot.EngFormatter(sep=""))
     for axes in grid[-1]:
         axes.set_xlabel("frames (agent steps x 4)" if unit == "frames" else unit)

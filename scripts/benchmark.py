@@ -12,6 +12,7 @@ times the width, 8 and 16 environments and, on a GPU, the other modes: eager, co
 and writes benchmark.json and benchmark.png.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -113,7 +114,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def seconds_per_call(function, seconds: float) -> float:
-    """Return the mean seconds per call, over as many calls as fit into `seconds`. Waits for the GPU at the end."""
+    """Return the mean seconds per call, as many as fit into `seconds`. Waits for the GPU before and after."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     function()
     wait()
@@ -130,8 +131,7 @@ def parts_of(script, agent, envs) -> tuple[dict, dict]:
     args, graphs = agent.args, agent.args.cuda_graphs and agent.device.type == "cuda"
     capture = script.CudaGraph if graphs else lambda function: function
     replay = agent.replay if hasattr(agent, "replay") else agent.data
-    batch = replay.sample(args.batch_size)
-    batch = script.Batch(*(x.to(agent.device) if isinstance(x, torch.Tensor) else x for x in batch))
+    batch = script.Batch(*(x.to(agent.device) for x in replay.sample(args.batch_size)))
     losses = torch.ones(args.batch_size, device=agent.device)
     parts = {"update": capture(lambda: agent.update(*batch)), "draw": capture(lambda: replay.sample(args.batch_size))}
     if not hasattr(agent, "act"):
@@ -211,7 +211,7 @@ def measure(group: list[Case], options: Options, folder: Path, data: Path, deadl
             else:
                 measured[number].failure = f"not ready within {options.minutes:g} minutes"
                 process.kill()
-        except EOFError:  # the process has ended
+        except (EOFError, OSError):  # the process has ended
             process.join()
             measured[number].failure = ((folder / str(process.pid)).read_text().strip() or "?").splitlines()[-1]
         bar.update()
@@ -228,7 +228,8 @@ def measure(group: list[Case], options: Options, folder: Path, data: Path, deadl
         for turn in range(options.turns):
             if turn == 0 or time.monotonic() < deadline:
                 for number, connection, process in list(running):
-                    connection.send("go on")
+                    with contextlib.suppress(OSError):  # the process was killed
+                        connection.send("go on")
                     if not receive(number, connection, process):
                         running.remove((number, connection, process))
     finally:

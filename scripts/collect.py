@@ -4,7 +4,8 @@
     python scripts/collect.py --list fig4.list -o results.csv
 
 Each row is one score of a run: the mean return of an iteration, or of the evaluation after training. Its columns are:
-game, agent, layer, num_experts, seed: the agent of der_softmoe.py is "DrQ(eps)" if its flags are those of DrQ(eps).
+game, agent, layer, num_experts, seed: the agent of der_softmoe.py with the flags of DrQ(eps) is "DrQ(eps)", and that of
+  cql_softmoe.py without distributional is "CQL".
 <flag>: every flag that at least one run changes from the default of its agent.
 parameters, <part>_parameters: number of parameters of the network, and of its encoder, layer and head.
 iteration, step, frames: an iteration "eval" is the evaluation. Steps are agent steps, or updates in offline training.
@@ -13,7 +14,6 @@ With --list, the runs are those that a list of commands names with --runs-dir an
 Missing, damaged, unfinished and duplicate runs are left out and reported. The report also names missing seeds.
 """
 
-import argparse
 import csv
 import functools
 import importlib
@@ -68,15 +68,13 @@ def game_of(env_id: str) -> str:
 
 def runs_of_list(path: Path) -> list[Path]:
     """Return the run directories of the commands in the file `path`."""
-    parser, found = argparse.ArgumentParser(allow_abbrev=False), []
-    parser.add_argument("--runs-dir", default="runs")
-    parser.add_argument("--run-name")
+    found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if words := shlex.split(line, comments=True):
-            given, _ = parser.parse_known_args(words)
-            if given.run_name is None:
+            flags = dict(itertools.pairwise(words))
+            if "--run-name" not in flags:
                 raise ValueError(f"{path}: line {number} has no --run-name")
-            found.append(Path(given.runs_dir, given.run_name))
+            found.append(Path(flags.get("--runs-dir", "runs"), flags["--run-name"]))
     return found
 
 
@@ -146,32 +144,27 @@ def main(options: Options) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table, changed, left_out, seen = [], set(), [], {}
     for run in [*options.runs, *(runs_of_list(options.list) if options.list else ())]:
-        if not run.exists():
-            left_out.append(f"{run}: missing")
-            continue
         if not (run / "config.json").exists() or not (run / "metrics.csv").exists():
-            left_out.append(f"{run}: not a run directory")
+            left_out.append(f"{run}: {'not a run directory' if run.exists() else 'missing'}")
             continue
         try:
             columns, changes, rows, finished = read_run(run)
         except Exception as error:  # damaged files raise errors of many kinds
             left_out.append(f"{run}: damaged: {type(error).__name__}: {error}")
             continue
-        if not finished and not options.unfinished:
-            left_out.append(f"{run}: not finished")
-            continue
-        if not rows:
-            left_out.append(f"{run}: no episode ended")
-            continue
         flags = [f"{name}={columns[name]}" for name in changes]
         method = " ".join([f"{columns['layer']} {columns['num_experts']}", *flags])
         key = columns["game"], columns["agent"], method, columns["seed"]
-        if key in seen:
+        if not finished and not options.unfinished:
+            left_out.append(f"{run}: not finished")
+        elif not rows:
+            left_out.append(f"{run}: no episode ended")
+        elif key in seen:
             left_out.append(f"{run}: duplicate of {seen[key]}")
-            continue
-        seen[key] = run
-        changed |= set(changes)
-        table.append((columns, rows))
+        else:
+            seen[key] = run
+            changed |= set(changes)
+            table.append((columns, rows))
     if not table:
         print("\n".join(left_out[:10] + ["..."] * (len(left_out) > 10)))
         raise ValueError(f"no finished run among the {len(left_out)} that were given")

@@ -5,12 +5,13 @@
 
 The layout of SOURCE decides the direction. Damaged data gives a one-line error. TARGET is complete or does not exist.
 
-Published layout (Agarwal et al., 2020): `replay_logs/` has gzipped arrays with suffixes 0, 1, ..., one row per agent
-step. An episode begins with three black rows of padding, which are not steps. Rows from `add_count % length` on are
-invalid. In the published data this is one row, the step between two files, so no episode continues in the next file.
-The file `episode_end` (see below) marks padding. Without it, a row is called blank if it is black and not terminal and
-its action and reward are 0. The blank ones of the three rows after a terminal row are padding, and so are the first
-three rows of a run of blank rows. A run has at least three rows, except at the start and at the end of a file.
+Published layout (Agarwal et al., 2020): `replay_logs/` has six gzipped files for each suffix 0, 1, ...: observation,
+action, reward and terminal with a row per agent step, add_count and invalid_range. An episode begins with three black
+rows of padding, which are not steps. Rows from `add_count % length` on are invalid. In the published data this is one
+row, the step between two files, so no episode continues in the next file. The file `episode_end` (see below) marks
+padding. Without it, a row is called blank if it is black and not terminal and its action and reward are 0. The blank
+ones of the three rows after a terminal row are padding, and so are the first three rows of a run of blank rows. A run
+has at least three rows, except at the start and at the end of a file.
 
 Segments: `<first agent step>.npz` and metadata.json, as dqn_softmoe.py writes them. The frame after a truncated row is
 not stored: the row is not a transition, but the rows before it bootstrap from its frame. The last row before a gap in
@@ -122,7 +123,7 @@ class Shard(NamedTuple):
 
 
 def find_shards(folder: Path) -> list[Shard]:
-    """Return the shards that have all six files, in the order of their suffixes. Some suffixes may be missing."""
+    """Return the shards that have all files that are read, in the order of their suffixes. Some may be missing."""
     suffixes, shards = {}, []
     for path in sorted(folder.iterdir()):
         if match := re.fullmatch(r"(?:\$store\$_)?(\w+)_ckpt\.(\d+)\.gz", path.name):
@@ -238,8 +239,8 @@ def to_segments(folder: Path, target: Path, bar: tqdm) -> dict:
             del frames, arrays  # frees 350 MB each before the next read
     if not any(target.iterdir()):
         raise ValueError(f"{folder} has no steps")
-    defaults = {"env_id": None, "num_actions": None, "num_envs": 1, "ale_py": None, "rom_md5": None, "args": {}}
-    return defaults | {name: metadata[name] for name in defaults if metadata.get(name) is not None}
+    kept = {name: metadata.get(name) for name in ("env_id", "num_actions", "ale_py", "rom_md5")}
+    return kept | {"num_envs": 1, "args": metadata.get("args") or {}}
 
 
 # ------------------------------------------------------------------------------------------- segments -> published
@@ -357,17 +358,16 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
+    old = signal.signal(quiet, signal.SIG_DFL)  # so that `--help | head` ends silently
+    args = tyro.cli(Args, description=__doc__)
+    signal.signal(quiet, old)
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
-        try:
-            main(tyro.cli(Args, description=__doc__))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader of standard output is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Exception, KeyboardInterrupt) as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        print(f"error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        with cql_softmoe.one_line_errors(Exception):
+            main(args)
+    except KeyboardInterrupt as error:
+        print(f"error: KeyboardInterrupt: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -85,8 +85,9 @@ def check_memory(script, args) -> bool:
 
 
 def check_disk(script, args) -> bool:
-    runs_dir, (need, weights) = Path(args.runs_dir).absolute(), required_bytes(script, args)
-    folder = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    need, weights = required_bytes(script, args)
+    folder = Path(args.runs_dir if hasattr(args, "buffer_size") else args.cache_dir or args.dataset_dir).absolute()
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
     length = getattr(args, "total_timesteps", None) or args.total_updates
     if hasattr(args, "buffer_size"):
         need *= 2 * min(1, length / args.buffer_size)  # a new checkpoint and the one that it replaces
@@ -134,22 +135,20 @@ def probe(script, args, seconds: float, at_most: float = 60) -> bool:
     return report(True, "speed", f"{rate:.0f} agent steps/s while learning: {hours:.1f} hours without the evaluation")
 
 
+@dqn_softmoe.one_line_errors(Exception)
 def main() -> int:
     command = sys.argv[1:]
     if command in ([], ["-h"], ["--help"]):
-        with dqn_softmoe.one_line_errors(OSError):
-            print(__doc__, flush=True)
+        print(__doc__, flush=True)
         return 0
     if "python" in Path(command[0]).name:
         command = command[1:]
     if not command or not command[0].endswith("_softmoe.py"):
-        print(f"error: {' '.join(sys.argv[1:])}: not a command such as python dqn_softmoe.py", file=sys.stderr)
-        return 2
+        raise ValueError(f"{' '.join(sys.argv[1:])}: not a command such as python dqn_softmoe.py")
     sys.argv = command
-    with dqn_softmoe.one_line_errors(Exception):
-        script = importlib.import_module(Path(command[0]).stem)
-        args = script.parse_args()
-        script.check_args(args)
+    script = importlib.import_module(Path(command[0]).stem)
+    args = script.parse_args()
+    script.check_args(args)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, ale-py {ale_py.__version__}"
     report(True, "versions", versions)
     device_works = check_device(script, args)

@@ -3,7 +3,7 @@
     python scripts/evaluate.py runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1 --episodes 100
     python scripts/evaluate.py runs/.../weights/250000.pt
 
-The games are played in parallel and without the noise of noisy layers, as in the evaluation at the end of a run.
+The games are played in parallel and without the noise of noisy layers, as at the end of an online run.
 """
 
 import importlib
@@ -34,7 +34,10 @@ class Options:
 
 
 def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.Module, Path]:
-    """Load the network of a weights file or of a run directory. Returns its script, its Args, itself and the file."""
+    """Load a network and return its script, its Args, itself and its file.
+
+    Of a run directory the file is weights.pt, or else the last one in weights/.
+    """
     run = path if path.is_dir() else path.parent.parent if path.parent.name == "weights" else path.parent
     saved = sorted((run / "weights").glob("[0-9]*.pt"), key=lambda file: int(file.stem), reverse=True)
     candidates = [run / "weights.pt", *saved] if path.is_dir() else [path]
@@ -45,11 +48,11 @@ def load(path: Path, cuda: bool = False) -> tuple[ModuleType, object, torch.nn.M
     script = importlib.import_module(Path(config["script"]).stem)
     fields = script.Args.__dataclass_fields__
     args = script.Args(**{name: value for name, value in config["args"].items() if name in fields})
-    args.cuda = cuda and torch.cuda.is_available()
+    args.cuda, args.compile = cuda, False
     envs = dqn_softmoe.Environments(args, 1)
     q_network = script.QNetwork(args, (script.STACK_SIZE, *envs.frame_shape), envs.num_actions)
     q_network.load_state_dict(dqn_softmoe.read_file(weights))
-    return script, args, q_network.to("cuda" if args.cuda else "cpu").eval(), weights
+    return script, args, q_network.to(script.open_device(args)).eval(), weights
 
 
 def main(options: Options) -> None:

@@ -19,15 +19,16 @@
 #   12, 16    Low data, DER and DrQ(eps): 26 games, with 8 experts (12) and with 4 (16). The paper trains on to 50M
 #             agent steps, where MoEs gain; the list has the 100,000 of Atari-100k (STEPS=50000000 for the paper's).
 #   13 to 15  The encoder before the experts or in each ("Big"), with and without normalised routing. DQN and Rainbow.
-#             A Big expert reads 84 * 84 tokens: routing weights alone take 6 GB at a batch of 32. "All" was not released.
+#             A Big expert reads 84 * 84 tokens: routing weights alone take 6 GB at a batch of 32. "All" was not
+#             released by the authors.
 #   18        Filters of 3x3, 4x4 and 6x6 in the Impala encoder. Rainbow, 8 experts.
 #   drq_eps   Not in the paper: DrQ(eps) with the Nature CNN, dense and with 4 experts, on the 18 games of
 #             drq_eps_100k.csv. --plot also draws the evaluations beside those of the 100 published seeds.
 #   tokenize  "Don't flatten, tokenize!" (Sokar et al., 2024): what of a Soft MoE carries the gain. Rainbow.
 #
-# In the environment GAMES, SEEDS, STEPS (agent steps; updates offline) and RUNS_DIR replace the paper's, FLAGS are added
-# to every command, and figure 10 keeps the weights every WEIGHTS_EVERY steps. A game is an Atari name (Breakout) or a
-# Gymnasium id (module:Game-v0). A run is named after its flags, so figures share runs.
+# In the environment GAMES, SEEDS and STEPS (agent steps; updates offline) replace the paper's. RUNS_DIR is the folder of
+# the runs, FLAGS are added to every command, and figure 10 keeps the weights every WEIGHTS_EVERY steps. A game is an
+# Atari name (Breakout) or a Gymnasium id (module:Game-v0). A run is named after its flags, so figures share runs.
 set -euo pipefail
 scripts=$(dirname "$0")
 fail() { echo "error: $1" >&2; exit 2; }
@@ -111,18 +112,17 @@ for number in $seeds ${STEPS:-} ${WEIGHTS_EVERY:-}; do
 done
 
 lines() {  # agent, flags: a command per game and seed
-    local agent=${1%% *} script=${1%% *} flags="$2${FLAGS:+ $FLAGS}" length=total-timesteps more=''
-    [ "$agent" = cql ] && length=total-updates
-    [ "$agent" = drq_eps ] && script=der more="$drq_eps "
+    local agent=$1 script=$1 flags="${*:2}${FLAGS:+ $FLAGS}" length=total-timesteps more=''
+    [ "$agent" = drq_eps ] && script=der more=$drq_eps
     local name=${flags//--/}${STEPS:+ steps $STEPS}
     name=${name//[ \/]/-}
     [ ${#name} -le 200 ] || fail "FLAGS make the name of a run too long"
     for game in $games; do
         local env_id=$game data=
         [[ $game == *-v* ]] || env_id=${game}NoFrameskip-v4
-        [ "$agent" = cql ] && data="--dataset-dir ${DATA:-data}/$game"
+        [ "$agent" = cql ] && data="--dataset-dir ${DATA:-data}/$game" length=total-updates
         for seed in $seeds; do
-            echo python "${script}_softmoe.py" --env-id "$env_id" --seed "$seed" $more$flags $data \
+            echo python "${script}_softmoe.py" --env-id "$env_id" --seed "$seed" $more $flags $data \
                 ${STEPS:+--$length "$STEPS"} --runs-dir "${RUNS_DIR:-runs}" \
                 --run-name "${game//[:\/]/-}__${agent}__${name}__seed$seed" --resume auto --no-checkpoint-at-end
         done
@@ -134,9 +134,7 @@ list() {
     for agent in "${agents[@]}"; do
         for layer in "${layers[@]}"; do
             for variant in "${variants[@]}"; do
-                local flags="--layer $layer${variant:+ $variant}"
-                [[ $agent != *" "* ]] || flags="${agent#* } $flags"
-                lines "$agent" "$flags"
+                lines $agent --layer $layer $variant
             done
         done
     done

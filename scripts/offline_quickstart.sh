@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Save the transitions of a short run of Pong and train CQL+C51 with a Soft MoE on them.
+# Saves the transitions of a short run of Pong and trains CQL+C51 with a Soft MoE on them.
 #
 #     scripts/offline_quickstart.sh [folder]
 #

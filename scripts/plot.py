@@ -85,7 +85,7 @@ class Run(NamedTuple):
     step: np.ndarray  # (iterations,): frames (four per agent step), or updates in offline training
     score: np.ndarray  # (iterations,): raw mean return
     normalized: np.ndarray  # (iterations,): score in % of the human score; nan if the game has none
-    evaluation: tuple[float, float] | None  # raw and normalised score of the evaluation after training
+    evaluation: tuple[float, ...]  # raw and normalised score of the evaluation after training; () without one
 
 
 def method_flags(flags: list[str], runs: list[dict]) -> dict[str, list[str]]:
@@ -116,7 +116,7 @@ def read_results(path: Path) -> tuple[dict[str, list[Run]], list[str]]:
         names = method_flags(flags, [run for run, _ in runs])
         for run, rows in runs:
             numbers = [[float(x or "nan") for x in (frames or step, *scores)] for _, step, frames, *scores in rows]
-            evaluation = tuple(numbers.pop()[1:]) if rows[-1][0] == "eval" else None
+            evaluation = tuple(numbers.pop()[1:]) if rows[-1][0] == "eval" else ()
             method = tuple((name, run[name]) for name in names[run["layer"]])
             encoder = run.get("encoder", "nature" if agent in LOW_DATA else "impala")
             identity = agent, run["game"], int(run["seed"]), method, encoder, float(run["parameters"] or "nan")
@@ -199,10 +199,9 @@ def add_legend(figure) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
-def bootstrap_indices(games: Iterable, options: Options, random: np.random.Generator | None = None) -> np.ndarray:
+def bootstrap_indices(games: Iterable, options: Options) -> np.ndarray:
     """Draw indices (repetitions, runs) into the runs of all games, with replacement within each game's runs."""
-    random = random or np.random.default_rng(options.seed)
-    start, found = 0, []
+    random, start, found = np.random.default_rng(options.seed), 0, []
     for runs in games:
         found.append(start + random.integers(len(runs), size=(options.repetitions, len(runs))))
         start += len(runs)
@@ -225,7 +224,7 @@ def probability_of_improvement(x: list[np.ndarray], y: list[np.ndarray], options
     total, samples, random = 0.0, np.zeros(options.repetitions), np.random.default_rng(options.seed)
     for a, b in zip(x, y, strict=True):
         wins = (a[:, None] > b) + 0.5 * (a[:, None] == b)  # (runs of x, runs of y)
-        i, j = bootstrap_indices([a], options, random), bootstrap_indices([b], options, random)
+        i, j = (random.integers(len(runs), size=(options.repetitions, len(runs))) for runs in (a, b))
         total += wins.mean() / len(x)
         samples += wins[i[:, :, None], j[:, None, :]].mean(axis=(1, 2)) / len(x)
     return total, interval(samples)
@@ -259,7 +258,7 @@ def common_steps(runs: list[Run]) -> np.ndarray:
 
 def normalize_scores(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
     """Return the runs whose normalised scores can be aggregated, and the unit of these scores."""
-    last = [(run.game, [*run.normalized[-1:], *(run.evaluation or ())[1:]]) for run in runs]
+    last = [(run.game, [*run.normalized[-1:], *run.evaluation[1:]]) for run in runs]
     without = sorted({game for game, scores in last if not np.isfinite(scores).all()})
     if len(without) < len({run.game for run in runs}):
         if without:
@@ -268,7 +267,7 @@ def normalize_scores(agent: str, runs: list[Run]) -> tuple[list[Run], str]:
     found = []
     for game in without:
         group = [run for run in runs if run.game == game]
-        scores = [score for run in group for score in (*run.score, *(run.evaluation or ())[:1])]
+        scores = [score for run in group for score in (*run.score, *run.evaluation[:1])]
         low, span = min(scores), max(scores) - min(scores) or 1
         for run in group:
             evaluation = run.evaluation and (run.evaluation[0], 100 * (run.evaluation[0] - low) / span)
@@ -282,7 +281,7 @@ def final_scores(agent: str, runs: list[Run]) -> tuple[dict[tuple, dict[str, np.
     last = min((run.step[-1] for run in runs if len(run.step)), default=0)
     when = "after training" if agent in LOW_DATA else f"at {EngFormatter(sep='')(last)} {unit_of_steps(agent)}"
     for run in runs:
-        values = (run.evaluation or ()) if agent in LOW_DATA else run.normalized[run.step <= last]
+        values = run.evaluation if agent in LOW_DATA else run.normalized[run.step <= last]
         if len(values):
             found[run.method][run.game][run.seed] = values[-1]
     methods = sorted({run.method for run in runs}, key=sort_key)

@@ -7,9 +7,10 @@
 # The arguments of every line are checked before the first run starts. If a line has a mistake, nothing runs.
 # One run at a time is started on each GPU (of CUDA_VISIBLE_DEVICES, if that is set). Without a GPU, one run with one
 # thread is started on each core. --jobs changes the number: --jobs 4 on 2 GPUs puts two runs on each. The output of line
-# N goes to fig12.list.logs/N.log. Ctrl-C and SIGTERM are passed on to the runs, which save a checkpoint. At the end, the
-# lines that failed are listed with the error in their log.
-# Exit codes: 0: all lines are finished. 1: a line failed. 75: some were stopped. 2: nothing could be run.
+# N goes to fig12.list.logs/N.log. Ctrl-C, SIGTERM and SIGHUP (a lost connection) stop the runs with SIGTERM, and they
+# save a checkpoint. At the end, the lines that failed are listed with the error in their log.
+# Exit codes: 0: all lines are finished. 1: a line failed. 75: some were stopped or are running elsewhere. 2: nothing
+# could be run.
 
 set -uo pipefail
 fail() { echo "error: $1" >&2; exit 2; }
@@ -64,7 +65,7 @@ reason() {  # prints the error in a log: a line that begins with "error", else t
 }
 summary() { echo "$(count done) done, $(count running) running, $(count failed) failed, $(count todo) to do"; }
 
-GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
+GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || GPUS=''
 [ -z "$GPUS" ] || GPUS=${CUDA_VISIBLE_DEVICES-$GPUS}
 gpus=(${GPUS//,/ })
 export GPUS="${gpus[*]}"
@@ -73,16 +74,14 @@ export GPUS="${gpus[*]}"
 [ -n "$GPUS" ] || export OMP_NUM_THREADS=1
 
 update_states
+[ "$action" != status ] || { summary; exit 0; }
 left=$(lines_in "failed|todo")
-[ "$action" = status ] || ! grep -q '_softmoe\.py' "$list" ||
-    python "$(dirname "$0")/preflight.py" "$list" <<< "$left" || exit 2
-case $action in
-    status) summary; exit 0 ;;
-    dry-run)
-        for i in $left; do echo "${lines[i - 1]}"; done
-        echo "$(summary); $jobs at a time, ${#gpus[@]} GPUs" >&2
-        exit 0 ;;
-esac
+! grep -q '_softmoe\.py' "$list" || python "$(dirname "$0")/preflight.py" "$list" <<< "$left" || exit 2
+if [ "$action" = dry-run ]; then
+    for i in $left; do echo "${lines[i - 1]}"; done
+    echo "$(summary); $jobs at a time, ${#gpus[@]} GPUs" >&2
+    exit 0
+fi
 
 mkdir -p "$logs" && exec 9> "$logs/lock" || fail "cannot write to $logs"
 flock --nonblock 9 || fail "$list is run by another sweep, or $logs is where files cannot be locked"
@@ -92,9 +91,9 @@ if [ -n "$left" ]; then
     set -m  # the runs get a process group of their own, to which the trap passes signals on
     xargs --max-procs="$jobs" --process-slot-var=SLOT --replace bash "$0" --line {} "$list" <<< "$left" 9>&- &
     exec 2> /dev/null  # bash would report the jobs that a signal ended
-    trap 'stopped=yes; kill -INT -- -$!' INT TERM
+    trap 'stopped=yes; kill -TERM -- -$!' INT TERM HUP
     while kill -0 -- -$!; do wait $! || sleep 0.2; done  # xargs ends at once, and the runs are still saving
-    trap - INT TERM
+    trap - INT TERM HUP
 fi
 update_states
 declare -A numbers
@@ -105,4 +104,4 @@ done
 for why in "${!numbers[@]}"; do echo "line ${numbers[$why]} $why"; done | sort -n -k 2
 summary
 [ "$(count failed)" = 0 ] || exit 1
-[ "$(count todo)" = 0 ] && [ -z "$stopped" ] || exit 75
+[ "$(count "running|todo")" = 0 ] && [ -z "$stopped" ] || exit 75

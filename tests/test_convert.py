@@ -343,6 +343,7 @@ def test_segments_to_published_and_back(tmp_path, holes):
     cut = sum((shard["episode_end"] == CUT).sum() for shard in shards)
     after = transitions_of_segments(run(logs, tmp_path / "c"))
     assert cut > 3 and after <= before and after.total() == before.total() - cut
+    assert json.loads((tmp_path / "c" / "metadata.json").read_text())["num_envs"] == 1  # segments have one lane
     again = load_shards(run(tmp_path / "c", tmp_path / "d") / "replay_logs")
     assert transitions_of_shards(again) == after
 

@@ -18,6 +18,9 @@ import torch
 from cuda_emulation import CaptureError, Graph, HazardError, emulated_cuda
 from runs import HELPERS, ROOT, only_run, outcome, quick, same
 
+sys.path.append(str(ROOT / "scripts"))
+import evaluate
+
 OFFLINE = {"total_updates": 90, "iteration_updates": 40, "eval_steps": 60, "num_envs": 3, "checkpoint_every": 30}
 OFFLINE |= {"batch_size": 8}
 SHORT = {"total_timesteps": 240, "learning_starts": 80, "checkpoint_every": 96, "epsilon_decay_steps": 60}
@@ -41,6 +44,15 @@ def data(tmp_path_factory):
     dqn = load_script("dqn_softmoe")
     dqn.main(dqn.Args(**quick(runs_dir=str(folder), save_replay=True, eval_episodes=0)))
     return only_run(folder)
+
+
+def test_evaluate_captures_its_graph(data, capsys):
+    said = []
+    for cuda in (False, True):
+        with emulated_cuda() if cuda else torch.enable_grad():
+            evaluate.main(evaluate.Options(data, episodes=3, cuda=cuda))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and Graph.replays > 5
 
 
 @pytest.fixture

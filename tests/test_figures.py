@@ -516,6 +516,8 @@ def test_a_picture_of_many_runs_has_a_line_per_method_and_a_panel_per_game_and_m
         flags, found = {"layer": layer, "num_experts": "8"}, {"srank/0.01": rng.random(), "dormant": 0.0}
         points.append(analyze.Point("Rainbow", game, seed, step, flags, found))
     methods = [tuple(point.flags.items()) for point in points]
+    analyze.plot_measures("DQN", points, methods, analyze.Options((), tmp_path, measures=("expert_similarity",)))
+    assert not list(tmp_path.iterdir())  # no network has this measure
     analyze.plot_measures("Rainbow", points, methods, analyze.Options((), tmp_path))
     rows = read_csv(tmp_path / "rainbow_analysis.csv")
     assert len(rows) == 2 * 2 * 2 * 2  # methods, games, measures, steps
@@ -586,7 +588,12 @@ def test_doctor_says_whether_a_command_will_run(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "other" / "000000000000.npz", action=np.zeros(4))
     code, out = said("python", "cql_softmoe.py", *small.split()[:-2], "--no-cuda")
     assert code == 1 and "NO  data" in out  # the data of another folder is not that of --dataset-dir
-    for given in (["ls"], ["python", "nothing_softmoe.py"], [*command, "--seed", "x"]):
+    for given in (
+        ["ls"],
+        ["python", "nothing_softmoe.py"],
+        [*command, "--seed", "x"],
+        [*command, "--buffer-size", "10"],
+    ):
         assert said(*given)[0] == 2
 
 

@@ -1,5 +1,6 @@
 """Tests of figure.sh, sweep.sh, preflight.py and sweep.sbatch: lists of commands are valid, and run to their end."""
 
+import fcntl
 import importlib
 import io
 import json
@@ -189,6 +190,12 @@ def test_lines_may_be_any_commands_comments_or_nothing(tmp_path):
     assert second.returncode == 2 and "another sweep" in second.stderr
     (tmp_path / "over").touch()
     assert other.wait() == 0
+    (tmp_path / "any.list").write_text("false --run-name run\n")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    with open(tmp_path / "runs" / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = shell(*run, cwd=tmp_path)  # another process makes the run of the only line
+    assert (done.returncode, done.stdout) == (75, "0 done, 1 running, 0 failed, 0 to do\n"), done
 
 
 def test_each_slot_has_a_gpu_of_those_that_may_be_used(tmp_path):
@@ -230,10 +237,14 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         folders = [path.parent for path in (tmp_path / "runs").glob("*/checkpoint.pt")]
         return [checkpoint(folder)["progress"]["global_step"] for folder in folders]
 
+    def heed():
+        """Heed signals that this process may ignore, as background jobs do."""
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     def start_and_stop(number: int, last: list[int]) -> list[int]:
         """Return the steps of the runs' checkpoints. None may be earlier than `last`: no run begins anew."""
-        child = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-        started, seen = subprocess.Popen(command, **pipes, **child), []
+        started, seen = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed), []
         wait_for(lambda: seen.append(steps()) or len(seen[-1]) == 2 and min(seen[-1]) > max(last), "two checkpoints")
         assert "2 running" in run("--status").stdout
         os.killpg(started.pid, number) if number == signal.SIGINT else os.kill(started.pid, number)
@@ -243,7 +254,7 @@ def test_signals_reach_the_runs_and_the_list_goes_on_from_their_checkpoints(swee
         assert min(min(found) for found in seen if found) >= min(last)
         return steps()
 
-    start_and_stop(signal.SIGTERM, start_and_stop(signal.SIGINT, [200, 200]))
+    start_and_stop(signal.SIGHUP, start_and_stop(signal.SIGINT, [200, 200]))
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ class Emulation(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.device:
             return func(*args, **kwargs or {})
-        if func is torch.Tensor.device.__get__ and isinstance(args[0], torch.nn.Parameter):
+        if func == torch.Tensor.device.__get__ and isinstance(args[0], torch.nn.Parameter):
             return torch.device("cuda")  # parameters are in the CPU's memory, but report the GPU
         if func in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item):
             self.pinned.wait()
