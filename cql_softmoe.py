@@ -550,10 +550,7 @@ def evaluate(q_network: QNetwork, args: Args, envs: Environments, seed: int, sto
             envs.send(choose(frame, start).cpu().numpy())
             frame, reward, terminated, truncated, over = envs.recv()
             start, running, length, steps = terminated | truncated, running + reward, length + 1, steps + N
-            cut = length == MAX_EPISODE_STEPS
-            if (cut & playing).any():
-                tqdm.write(f"evaluation: a game was cut after {MAX_EPISODE_STEPS:,} steps", sys.stderr)
-            over |= cut
+            over |= length == MAX_EPISODE_STEPS
             bar.update(int(playing.sum()))
             returns += running[over & playing].tolist()
             playing &= ~(over & (steps >= args.eval_steps))
@@ -857,8 +854,9 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
+        # Files are line-buffered, so that a row is in the file at once.
         self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
-        for name, rows in self.rows.items():  # line-buffered: a row is in the file at once
+        for name, rows in self.rows.items():
             self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         rows = [row.split(",") for row in self.rows["metrics.csv"]]
         self.evaluated = int(rows[-1][1]) if rows else 0  # update of the last evaluation

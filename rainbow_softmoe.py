@@ -876,7 +876,7 @@ class ReplayLog:
         rom = Path(ale_py.roms.get_rom_path(envs.game)).read_bytes() if envs.game else b""
         metadata = {"env_id": args.env_id, "num_actions": envs.num_actions, "num_envs": args.num_envs}
         metadata |= {"ale_py": ale_py.__version__, "rom_md5": hashlib.md5(rom).hexdigest(), "args": vars(args)}
-        self.pending = self.thread.submit(write_json, folder / "metadata.json", metadata)  # the last file
+        self.pending = self.thread.submit(write_json, folder / "metadata.json", metadata)
         self.pending.result()
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
@@ -907,8 +907,9 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
+        # Files are line-buffered, so that a row is in the file at once.
         self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
-        for name, rows in self.rows.items():  # line-buffered: a row is in the file at once
+        for name, rows in self.rows.items():
             self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         self.returns = [float(row.split(",")[1]) for row in self.rows["episodes.csv"]]
         self.running_return, self.running_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)

@@ -400,6 +400,13 @@ def test_evaluation_plays_its_steps_and_every_last_game_to_its_end(tmp_path, eva
     assert evaluate(network, args, envs, 0, stop) == []
 
 
+def test_evaluation_cuts_games_that_do_not_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(cql_softmoe, "MAX_EPISODE_STEPS", 7)
+    args = small_args(tmp_path, eval_steps=60)
+    returns = evaluate(Catcher(), args, Environments(args, 3), 0, threading.Event())
+    assert len(returns) == 9  # three environments play three games of seven steps
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
