@@ -1,7 +1,7 @@
 """Offline reinforcement learning on Atari: CQL and CQL+C51 with mixture-of-experts layers.
 
-    python dqn_softmoe.py --env-id BreakoutNoFrameskip-v4 --save-replay       # saves its transitions
-    python cql_softmoe.py --env-id BreakoutNoFrameskip-v4 --dataset-dir runs/BreakoutNoFrameskip-v4__dqn_softmoe8__seed1
+    python dqn_softmoe.py --total-timesteps 1000000 --save-replay --run-name data  # saves its transitions
+    python cql_softmoe.py --dataset-dir runs/data
 
 Reimplements "Mixtures of Experts Unlock Parameter Scaling for Deep RL" (Obando-Ceron et al., 2024, arXiv 2402.08609).
 C51 or DQN with the regulariser of CQL (Kumar et al., 2020). A Soft MoE over the tokens of the encoder's feature map
@@ -75,7 +75,7 @@ class Args(moe.LayerArgs):
 
     # Environment
     num_envs: int = 10  # games that an evaluation plays at once
-    sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
+    sticky_actions: float = 0.25  # chance that the last action is repeated (Machado et al., 2018; DER: 0; Atari only)
     noop_max: int = 0  # a game starts with up to 4 * (noop_max - 1) no-op frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = False  # a lost life clears the stack in evaluation, as in such data (Atari only)
 
@@ -179,8 +179,8 @@ class QNetwork(nn.Module):
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, make_encoder=make_encoder)
-        self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
-        self.distributional, num_atoms = args.distributional, args.num_atoms if args.distributional else 1
+        self.tokenizer, self.moe, num_features = layer  # `moe` may be a dense layer
+        self.distributional, num_atoms = args.distributional, (args.num_atoms if args.distributional else 1)
         self.advantage = moe.linear(num_features, num_actions * num_atoms)
         self.value = moe.linear(num_features, num_atoms) if args.distributional and args.dueling else None
         self.support = nn.Buffer(torch.linspace(args.v_min, args.v_max, num_atoms), persistent=False)  # (N,)
@@ -262,7 +262,7 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
         metrics["load_balancing_loss"] = balancing.detach()
         loss = loss + balancing
-    return loss, metrics | {"loss": loss.detach()}, None if output is None else output.detach()
+    return loss, metrics | {"loss": loss.detach()}, (None if output is None else output.detach())
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -285,9 +285,9 @@ class Dataset(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")))
         self.num_envs, self.size = num_envs, len(self.action)
         self.drawable = nn.Buffer(torch.from_numpy(np.load(folder / "drawable.npy").nonzero()[0]))  # places
-        self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1))  # -3 .. 0
-        self.window_offsets = nn.Buffer(torch.arange(n_step))  # 0 .. n-1
-        self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]))  # (n+1,)
+        self.stack_offsets = nn.Buffer(torch.arange(1 - STACK_SIZE, 1), persistent=False)  # -3 .. 0
+        self.window_offsets = nn.Buffer(torch.arange(n_step), persistent=False)  # 0 .. n-1
+        self.gammas = nn.Buffer(torch.tensor([gamma**k for k in range(n_step + 1)]), persistent=False)  # (n+1,)
 
     def sample(self, batch_size: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
@@ -363,10 +363,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def unpack(paths: list[Path], fraction: float, num_envs: int, envs: "Environments", folder: Path, stop) -> None:
-    """Write the first `fraction` of every segment into flat arrays, unless the event `stop` is set in between.
-
-    Raises what a damaged segment raises.
-    """
+    """Write the first `fraction` of every segment into flat arrays, unless the event `stop` is set in between."""
     rows = [math.ceil(load_segment(path, ["action"])["action"].size // num_envs * fraction) for path in paths]
     size = sum(rows) * num_envs
     need, free = size * (math.prod(envs.frame_shape) + 8 + 4 + 3), shutil.disk_usage(folder).free
@@ -446,11 +443,10 @@ class Environments:
     """
 
     def __init__(self, args: Args, num_envs: int):
-        gym.register_envs(ale_py)
         module, _, env_id = args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        spec, same_step = gym.spec(env_id), gym.vector.AutoresetMode.SAME_STEP
+        spec = gym.spec(env_id)
         atari = str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb"
         self.game = spec.kwargs["game"] if atari else None
         args.check_effect("sticky_actions noop_max terminal_on_life_loss", atari, "an Atari game")
@@ -465,18 +461,17 @@ class Environments:
                 max_num_frames_per_episode=4 * MAX_EPISODE_STEPS,
                 reward_clipping=False,
                 stack_num=1,
-                autoreset_mode=same_step,
+                autoreset_mode="SameStep",
                 num_threads=max(1, min(num_envs, cores - 1)),  # they spin, so one core is left for the learner
             )
         else:
-            self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
+            self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": "SameStep"})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
-        shape = space.shape or ()
-        if space.dtype != np.uint8 or len(shape) not in (2, 3) or math.prod(shape[:-2]) != 1:
+        if space.dtype != np.uint8 or len(space.shape) not in (2, 3) or math.prod(space.shape[:-2]) != 1:
             raise ValueError(f"--env-id {args.env_id}: observations must be single uint8 frames (H, W), not {space}")
         if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
             raise ValueError(f"--env-id {args.env_id}: actions must be Discrete and start at 0, not {actions}")
-        self.frame_shape, self.num_actions = shape[-2:], int(actions.n)
+        self.frame_shape, self.num_actions = space.shape[-2:], int(actions.n)
         self.life_loss = atari and args.terminal_on_life_loss
 
     def reset(self, seed: int) -> np.ndarray:
@@ -501,7 +496,7 @@ class Environments:
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
-            self.lives = info["lives"].copy()
+            self.lives = info["lives"]
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
 
@@ -511,7 +506,7 @@ def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, cleared first where `start` (N,) begins an episode."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place. A stack is cleared first where `start` (N,) is true."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -673,8 +668,8 @@ class Agent:
         state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # as this device needs
-        for generator, random in zip(self.generators, state["random"], strict=False):
+        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # the saved run may differ
+        for generator, random in zip(self.generators, state["random"], strict=False):  # a run on a CPU has only one
             generator.set_state(random)
         return state["progress"]
 
@@ -735,11 +730,10 @@ def read_file(path: Path) -> dict:
     """Load what `torch.save` wrote. ValueError if a byte has changed, which a mapped load does not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            if name := archive.testzip():
+                raise zipfile.BadZipFile(f"{name} has changed")
     except zipfile.BadZipFile as error:
-        damaged = error
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: {damaged}")
+        raise ValueError(f"{path} is damaged: {error}") from error
     return torch.load(path, "cpu", weights_only=True, mmap=True)
 
 
@@ -782,17 +776,17 @@ def run_path(args: Args) -> Path:
 
 def parse_args() -> Args:
     """Parse the command line. With --resume, flags that are not given keep the values of the resumed run."""
-    quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
-    old = signal.signal(quiet, signal.SIG_DFL)  # so that `--help | head` ends silently
+    sigpipe = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
+    old = signal.signal(sigpipe, signal.SIG_DFL)  # so that `--help | head` ends silently
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
-    signal.signal(quiet, old)
+    signal.signal(sigpipe, old)
     config = run_path(args) / "config.json"
-    if args.resume is None or args.resume == "auto" and not config.exists():
+    if args.resume is None or (args.resume == "auto" and not config.exists()):
         return args
     saved = json.loads(config.read_text())
     if saved["script"] != Path(__file__).name:
         raise ValueError(f"--resume {args.resume}: {config} is of {saved['script']}")
-    warnings.filterwarnings("error", module="tyro")  # a value of config.json that its flag does not take
+    warnings.filterwarnings("error", module="tyro")  # refuse a value of config.json that its flag does not take
     return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume}))
 
 
@@ -830,12 +824,11 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
         raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    new, old = config["args"], saved["args"]
-    changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
+    saved = config | (json.loads((run_dir / "config.json").read_text()) if has_run else {})
+    old, new = saved["args"], {name: x for name, x in config["args"].items() if name not in MAY_CHANGE}
+    changed = [f"{name} {x} (was {old.get(name)})" for name, x in new.items() if x != old.get(name)]
     if changed:
-        changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
-        raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
+        raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {', '.join(changed)}")
     return run_dir, config | {"finished": saved["finished"]}, lock
 
 
@@ -852,12 +845,10 @@ class RunLog:
     HEADERS = {"metrics.csv": "iteration,updates,episodes,mean_return,td_loss,cql_loss,q_data,q_greedy,ups"}
 
     def __init__(self, run_dir: Path, args: Args, progress: dict):
-        self.args, self.path = args, run_dir / "checkpoint.pt"
+        self.path = run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
-        # Files are line-buffered, so that a row is in the file at once.
-        self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
         for name, rows in self.rows.items():
-            self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
+            (run_dir / name).write_text("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         rows = [row.split(",") for row in self.rows["metrics.csv"]]
         self.evaluated = int(rows[-1][1]) if rows else 0  # update of the last evaluation
         self.score = rows[-1][3] if rows else "-"
@@ -869,7 +860,8 @@ class RunLog:
     def write(self, name: str, *values) -> None:
         """Append a row to the file `name`."""
         self.rows[name].append(",".join(map(str, values)))
-        self.files[name].write(f"{self.rows[name][-1]}\n")
+        with open(self.path.with_name(name), "a") as file:
+            file.write(f"{self.rows[name][-1]}\n")
 
     def scalars(self, update: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -986,8 +978,7 @@ def main(args: Args) -> None:
                     write_weights(run_dir / "weights" / f"{update}.pt", agent.q_network)
                 log.bar.update()
         except OSError:  # a full disk or a closed pipe: the updates done so far are not lost
-            if not saved:
-                checkpoint(agent, run_dir, log, progress)
+            checkpoint(agent, run_dir, log, progress)
             raise
         if not saved:
             saved = checkpoint(agent, run_dir, log, progress)

@@ -9,8 +9,8 @@ Needs `moe_layers.py` beside it and nothing else of this repository.
 Differs on purpose from the authors' code (google/dopamine, labs/moes); tests/README.md has the whole table:
 - Four environments step in parallel, and the one update per four agent steps runs while they emulate.
 - A checkpoint cuts the running episodes, because ale-py's vector environments cannot be saved.
-- The step that ends an episode is learned from. A step at which a time limit or a checkpoint cuts one is not, and
-  n-step returns that reach it bootstrap from its frame.
+- The last step of an episode is learned from, unless a time limit or a checkpoint cut the episode. N-step returns that
+  reach such a cut bootstrap from the last frame before it.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class Args(moe.LayerArgs):
 
     # Environment
     num_envs: int = 4  # environments stepped in parallel; one round is `num_envs` agent steps
-    sticky_actions: float = 0.25  # chance that an action is repeated (Machado et al., 2018; DER: 0; Atari only)
+    sticky_actions: float = 0.25  # chance that the last action is repeated (Machado et al., 2018; DER: 0; Atari only)
     noop_max: int = 0  # a game starts with up to 4 * (noop_max - 1) no-op frames (DER: 30; Atari only)
     terminal_on_life_loss: bool = False  # a lost life ends the learner's episode, not the game (DER: yes; Atari only)
 
@@ -169,7 +169,7 @@ class QNetwork(nn.Module):
         self.encoder = nn.Identity() if big else make_encoder(obs_shape[0])
         shape = self.encoder(torch.zeros(1, *obs_shape)).shape[1:]  # C, h, w
         layer = moe.build_layer(args, shape, make_encoder=make_encoder)
-        self.tokenizer, self.moe, num_features = layer  # named `moe` whatever the layer is, as in published weights
+        self.tokenizer, self.moe, num_features = layer  # `moe` may be a dense layer
         self.head = moe.linear(num_features, num_actions)
         # Channels last makes convolutions 1.7 times faster on a CPU, and PerConv tokens need no copy.
         self.encoder.to(memory_format=torch.channels_last)
@@ -215,7 +215,7 @@ def td_loss(q_network: QNetwork, target_network: QNetwork, batch: Batch, args: A
         balancing = moe.load_balancing_loss(output, args.load_balancing, args.importance_weight, args.load_weight)
         metrics["load_balancing_loss"] = balancing.detach()
         loss = loss + balancing
-    return loss, metrics | {"loss": loss.detach()}, None if output is None else output.detach()
+    return loss, metrics | {"loss": loss.detach()}, (None if output is None else output.detach())
 
 
 # --------------------------------------------------------------------------------------------------------- replay
@@ -223,8 +223,8 @@ class ReplayBuffer(nn.Module):
     """Ring buffer of single frames that draws transitions exactly uniformly.
 
     Row r of environment i is at place r * N + i of every array, so the next step of an environment is N places later.
-    Frame stacks and n-step returns are assembled when a transition is drawn. Its `weight` is 1 while it can be drawn,
-    and 0 otherwise: from when its n-step window is complete until the oldest frame of its stack is overwritten. The
+    Frame stacks and n-step returns are assembled when a transition is drawn. It can be drawn once the row after its
+    n-step window is added, until the oldest frame of its stack is overwritten. Its `weight` is then 1, else 0. The
     frame that follows a `truncated` step is not in the ring. That step is therefore never drawn, and windows that reach
     it bootstrap from its frame. Shapes are fixed and nothing waits for the device, so that `add` and `sample` run in
     CUDA graphs. Raises ValueError if the ring is too small for one stack and window.
@@ -259,7 +259,7 @@ class ReplayBuffer(nn.Module):
         for name, values in zip(self.FIELDS, (frame, action, reward, terminated, truncated), strict=True):
             buffer = self.get_buffer(name)
             buffer.index_copy_(0, place, torch.as_tensor(values).to(buffer))
-        complete = self.later(place, -len(self.window_offsets))  # their n-step windows end at this row
+        complete = self.later(place, -len(self.window_offsets))  # this row follows their n-step windows
         expired = self.later(place, STACK_SIZE - 1)  # the oldest frame of their stacks is overwritten
         self.weight.index_copy_(0, complete, ~self.truncated[complete] * self.new_weight)
         self.weight.index_fill_(0, expired, 0)
@@ -307,12 +307,10 @@ class ReplayBuffer(nn.Module):
         return (place + steps * self.num_envs) % self.size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state on the host, with only the frames that were written.
-
-        Arrays pass through NumPy, or torch.save would write the whole ring.
-        """
+        """Return the state on the host, with only the frames that were written."""
         state = super().state_dict()
         state["frames"] = state["frames"][: min(int(self.cursor), self.rows) * self.num_envs]
+        # Arrays pass through NumPy, or torch.save would write the whole ring.
         return {name: torch.from_numpy(x.cpu().numpy()) for name, x in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -342,11 +340,11 @@ def free_memory() -> float:
 
 def replay_device(args: Args, frame_shape: tuple[int, int], device: torch.device) -> torch.device:
     """Return the device of the replay: the GPU if it fits there, else the CPU. ValueError if it fits nowhere."""
-    step = math.prod(frame_shape) + 8 + 4 + 2 + 8  # bytes of frame, action, reward, ends, weight
+    size = math.prod(frame_shape) + 8 + 4 + 2 + 8  # bytes of a transition: frame, action, reward, ends, weight
     on_gpu = device.type == "cuda" and args.replay_device == "auto"
-    if on_gpu and args.buffer_size * step < 0.8 * torch.cuda.mem_get_info(device)[0]:
+    if on_gpu and args.buffer_size * size < 0.8 * torch.cuda.mem_get_info(device)[0]:
         return device
-    need = step * min(args.buffer_size, args.total_timesteps)  # host memory is only taken by rows that are written
+    need = size * min(args.buffer_size, args.total_timesteps)  # host memory is only taken by rows that are written
     if need > 0.9 * (free := free_memory()):  # the process itself needs memory too
         raise ValueError(f"--buffer-size {args.buffer_size} takes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
     return torch.device("cpu")
@@ -362,11 +360,10 @@ class Environments:
     """
 
     def __init__(self, args: Args, num_envs: int):
-        gym.register_envs(ale_py)
         module, _, env_id = args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        spec, same_step = gym.spec(env_id), gym.vector.AutoresetMode.SAME_STEP
+        spec = gym.spec(env_id)
         atari = str(spec.entry_point).startswith("ale_py") and spec.kwargs.get("obs_type", "rgb") == "rgb"
         self.game = spec.kwargs["game"] if atari else None
         args.check_effect("sticky_actions noop_max terminal_on_life_loss", atari, "an Atari game")
@@ -381,18 +378,17 @@ class Environments:
                 max_num_frames_per_episode=4 * MAX_EPISODE_STEPS,
                 reward_clipping=False,
                 stack_num=1,
-                autoreset_mode=same_step,
+                autoreset_mode="SameStep",
                 num_threads=max(1, min(num_envs, cores - 1)),  # they spin, so one core is left for the learner
             )
         else:
-            self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": same_step})
+            self.envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": "SameStep"})
         space, actions = self.envs.single_observation_space, self.envs.single_action_space
-        shape = space.shape or ()
-        if space.dtype != np.uint8 or len(shape) not in (2, 3) or math.prod(shape[:-2]) != 1:
+        if space.dtype != np.uint8 or len(space.shape) not in (2, 3) or math.prod(space.shape[:-2]) != 1:
             raise ValueError(f"--env-id {args.env_id}: observations must be single uint8 frames (H, W), not {space}")
         if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
             raise ValueError(f"--env-id {args.env_id}: actions must be Discrete and start at 0, not {actions}")
-        self.frame_shape, self.num_actions = shape[-2:], int(actions.n)
+        self.frame_shape, self.num_actions = space.shape[-2:], int(actions.n)
         self.life_loss = atari and args.terminal_on_life_loss
 
     def reset(self, seed: int) -> np.ndarray:
@@ -417,7 +413,7 @@ class Environments:
         over = terminated | truncated
         if self.life_loss:  # after the end of a game, `info` has the lives of the next game
             terminated = terminated | (info["lives"] < self.lives) & ~over
-            self.lives = info["lives"].copy()
+            self.lives = info["lives"]
         return obs.reshape(-1, *self.frame_shape), reward, terminated, truncated & ~terminated, over
 
 
@@ -427,7 +423,7 @@ def reset_seed(seed: int, global_step: int, evaluation: bool = False) -> int:
 
 
 def push(obs: Tensor, frame: Tensor | np.ndarray, start: Tensor | np.ndarray) -> Tensor:
-    """Append frames (N, H, W) to stacks (N, 4, H, W) in place, cleared first where `start` (N,) begins an episode."""
+    """Append frames (N, H, W) to stacks (N, 4, H, W) in place. A stack is cleared first where `start` (N,) is true."""
     frame, start = (torch.as_tensor(x, device=obs.device) for x in (frame, start))
     return obs.copy_(torch.cat([obs[:, 1:] * ~start[:, None, None, None], frame[:, None]], dim=1))
 
@@ -549,10 +545,10 @@ class Agent:
         compile = functools.partial(torch.compile, dynamic=False, fullgraph=True, disable=not compiled)
         self.loss, self.policy = compile(td_loss), compile(policy)
         if location == device:
-            # Fallback random draws in float64, as eager code does. Autotuning would copy the whole ring to the host.
+            # `fallback_random` draws in float64, as eager code does. Autotuning would copy the whole ring to the host.
             options = {"fallback_random": True, "triton.autotune_pointwise": False}
-            for function in ("add", "sample"):
-                setattr(self.replay, function, compile(getattr(self.replay, function), options=options))
+            self.replay.add = compile(self.replay.add, options=options)
+            self.replay.sample = compile(self.replay.sample, options=options)
         if graphs:
             warnings.filterwarnings("ignore", ".*capturable=True.*")  # the warm-up runs without a graph on purpose
             # A replay on the host cannot be in a graph.
@@ -600,8 +596,8 @@ class Agent:
         state = read_file(path)
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # as this device needs
-        for generator, random in zip(self.generators, state["random"], strict=False):
+        self.optimizer.param_groups[0]["capturable"] = self.optimizer.defaults["capturable"]  # the saved run may differ
+        for generator, random in zip(self.generators, state["random"], strict=False):  # a run on a CPU has only one
             generator.set_state(random)
         return state["progress"]
 
@@ -662,11 +658,10 @@ def read_file(path: Path) -> dict:
     """Load what `torch.save` wrote. ValueError if a byte has changed, which a mapped load does not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            if name := archive.testzip():
+                raise zipfile.BadZipFile(f"{name} has changed")
     except zipfile.BadZipFile as error:
-        damaged = error
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: {damaged}")
+        raise ValueError(f"{path} is damaged: {error}") from error
     return torch.load(path, "cpu", weights_only=True, mmap=True)
 
 
@@ -706,17 +701,17 @@ def run_path(args: Args) -> Path:
 
 def parse_args() -> Args:
     """Parse the command line. With --resume, flags that are not given keep the values of the resumed run."""
-    quiet = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
-    old = signal.signal(quiet, signal.SIG_DFL)  # so that `--help | head` ends silently
+    sigpipe = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
+    old = signal.signal(sigpipe, signal.SIG_DFL)  # so that `--help | head` ends silently
     args = tyro.cli(Args, description=(__doc__ or "").split("\n\n")[0])
-    signal.signal(quiet, old)
+    signal.signal(sigpipe, old)
     config = run_path(args) / "config.json"
-    if args.resume is None or args.resume == "auto" and not config.exists():
+    if args.resume is None or (args.resume == "auto" and not config.exists()):
         return args
     saved = json.loads(config.read_text())
     if saved["script"] != Path(__file__).name:
         raise ValueError(f"--resume {args.resume}: {config} is of {saved['script']}")
-    warnings.filterwarnings("error", module="tyro")  # a value of config.json that its flag does not take
+    warnings.filterwarnings("error", module="tyro")  # refuse a value of config.json that its flag does not take
     return tyro.cli(Args, default=Args(**saved["args"] | {"resume": args.resume}))
 
 
@@ -754,12 +749,11 @@ def open_run(args: Args) -> tuple[Path, dict, IO]:
         raise ValueError(f"{run_dir} is in use by another process")
     versions = {"torch": torch.__version__, "ale_py": ale_py.__version__, "gymnasium": gym.__version__}
     config = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "versions": versions, "finished": 0}
-    saved = config | json.loads((run_dir / "config.json").read_text()) if has_run else config
-    new, old = config["args"], saved["args"]
-    changed = [name for name in new if name not in MAY_CHANGE and new[name] != old.get(name)]
+    saved = config | (json.loads((run_dir / "config.json").read_text()) if has_run else {})
+    old, new = saved["args"], {name: x for name, x in config["args"].items() if name not in MAY_CHANGE}
+    changed = [f"{name} {x} (was {old.get(name)})" for name, x in new.items() if x != old.get(name)]
     if changed:
-        changed = ", ".join(f"{name} {new[name]} (was {old.get(name)})" for name in changed)
-        raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {changed}")
+        raise ValueError(f"--resume {args.resume}: arguments contradict the run in {run_dir}: {', '.join(changed)}")
     return run_dir, config | {"finished": saved["finished"]}, lock
 
 
@@ -784,7 +778,7 @@ class ReplayLog:
         self.pending.result()
 
     def write(self, replay: ReplayBuffer, global_step: int) -> None:
-        """Start writing the new steps before `global_step`. Raises the error of the previous segment, if any."""
+        """Start writing the steps that no segment has yet. Raises the error of the previous segment, if any."""
         self.pending.result()
         if global_step > self.written:
             arrays = replay.newest((global_step - self.written) // replay.num_envs)
@@ -811,10 +805,8 @@ class RunLog:
     def __init__(self, run_dir: Path, args: Args, progress: dict):
         self.args, self.path = args, run_dir / "checkpoint.pt"
         self.rows = progress.get("rows", {name: [] for name in self.HEADERS})
-        # Files are line-buffered, so that a row is in the file at once.
-        self.files = {name: open(run_dir / name, "w", buffering=1) for name in self.rows}  # noqa: SIM115
         for name, rows in self.rows.items():
-            self.files[name].write("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
+            (run_dir / name).write_text("".join(f"{row}\n" for row in (self.HEADERS[name], *rows)))
         self.returns = [float(row.split(",")[1]) for row in self.rows["episodes.csv"]]
         self.running_return, self.running_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
         global_step = progress["global_step"]
@@ -825,7 +817,8 @@ class RunLog:
     def write(self, name: str, *values) -> None:
         """Append a row to the file `name`."""
         self.rows[name].append(",".join(map(str, values)))
-        self.files[name].write(f"{self.rows[name][-1]}\n")
+        with open(self.path.with_name(name), "a") as file:
+            file.write(f"{self.rows[name][-1]}\n")
 
     def scalars(self, global_step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -835,8 +828,7 @@ class RunLog:
         """Add up raw rewards (N,), and write a row for each game that is over (N,)."""
         self.running_return += reward
         self.running_length += 1
-        for i in np.flatnonzero(over):
-            episode_return, length = self.running_return[i], self.running_length[i]
+        for episode_return, length in zip(self.running_return[over], self.running_length[over], strict=True):
             self.returns.append(episode_return)
             self.write("episodes.csv", global_step, f"{episode_return:.17g}", length)
             self.scalars(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": length})
@@ -906,7 +898,7 @@ def checkpoint(agent: Agent, run_dir: Path, log: RunLog, replay_log: ReplayLog |
     try:
         if replay_log:
             replay_log.write(agent.replay, global_step)
-            replay_log.pending.result()  # the segment is on the disk
+            replay_log.pending.result()  # wait until the segment is on the disk
         agent.save(run_dir / "checkpoint.pt", {"global_step": global_step, "rows": log.rows})
     except OSError as error:
         tqdm.write(f"warning: the last good checkpoint stays, not one of step {global_step}: {error}", sys.stderr)
@@ -925,7 +917,7 @@ def evaluate_run(args: Args, agent: Agent, log: RunLog, run_dir: Path, stop: thr
         result = {"episodes": len(returns), "mean_return": mean, "std_return": std, "epsilon": args.eval_epsilon}
         result |= {"global_step": global_step, "returns": returns}
         write_json(run_dir / "eval.json", result)
-        log.scalars(global_step + 1, {"charts/eval_return": mean})  # one later: resuming purges it
+        log.scalars(global_step + 1, {"charts/eval_return": mean})  # one step later, so that resuming purges it
         print(f"evaluation: mean return {mean:.2f} over {len(returns)} episodes")
 
 

@@ -28,7 +28,7 @@ SIGMA_0 = 0.1  # initial scale of noisy weights (authors' code; Fortunato et al.
 
 
 class Routing(NamedTuple):
-    """How tokens reach slots and come back. Soft MoE: two softmaxes. Sparse: 0 or 1, and that times the gate."""
+    """Soft MoE: two softmaxes of the logits. Sparse: dispatch is 0 or 1, and combine is dispatch times the gate."""
 
     dispatch_weights: Tensor  # (B, T, E, S): slot (e, s) reads this mixture of the tokens
     combine_weights: Tensor  # (B, T, E, S): token t reads this mixture of the slots' outputs
@@ -326,8 +326,8 @@ class Top1MoE(nn.Module):
         probs = noisy_logits.softmax(dim=2)
         gate, expert = probs.max(dim=2)  # (B, T)
         chosen = expert[:, :, None] == torch.arange(self.num_experts, device=tokens.device)  # (B, T, E)
-        queue = (chosen.cumsum(dim=1) * chosen).sum(dim=2) - 1  # (B, T): a token's place among its expert's tokens
-        slot = queue[:, :, None] == torch.arange(self.num_slots, device=tokens.device)  # (B, T, S): overflow fits none
+        place = (chosen.cumsum(dim=1) * chosen).sum(dim=2) - 1  # (B, T): a token's place among its expert's tokens
+        slot = place[:, :, None] == torch.arange(self.num_slots, device=tokens.device)  # (B, T, S): overflow fits none
         dispatch_weights = (chosen[:, :, :, None] & slot[:, :, None, :]).to(tokens.dtype)  # (B, T, E, S)
         return Routing(dispatch_weights, dispatch_weights * gate[:, :, None, None], logits, probs)
 
@@ -416,7 +416,7 @@ class TokenizedLayer(DenseLayer):
 
 # --------------------------------------------------------------------------------------- load balancing, statistics
 def squared_variation(x: Tensor) -> Tensor:
-    """(std / mean)^2 over the last axis, averaged over the others."""
+    """Squared coefficient of variation, (std / mean)^2, over the last axis, averaged over the others."""
     return (x.var(dim=-1, unbiased=False) / x.mean(dim=-1).square()).mean()
 
 
@@ -511,7 +511,7 @@ class LayerArgs:
     default_num_experts: ClassVar[int] = 8
 
     layer: Literal["softmoe", "top1moe", "expert_choice", "dense", "gap", "tokenized"] = "softmoe"  # penultimate layer
-    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); else factor of width (default: 1)
+    num_experts: int | None = None  # experts (default: DQN, CQL 8; Rainbow, DER 4); dense: factor of width (default: 1)
     expert_hidden_dim: int = 512  # hidden width of an expert, or of the dense layer
     tokenization: Tokenization = "PerConv"  # how the feature map becomes tokens (paper, figure 3)
     capacity_factor: float = 1.0  # slots per token: an expert has ceil(tokens * this / experts) of them
@@ -578,11 +578,10 @@ def build_layer(
     else:
         tokenizer = functools.partial(tokenize, tokenization=tokenization)
     _, num_tokens, token_dim = tokenizer(torch.zeros(1, *shape)).shape
-    width = args.expert_hidden_dim * args.num_experts  # of the dense layers
-    if args.layer == "tokenized":
-        return tokenizer, TokenizedLayer(token_dim, width, noisy=noisy), width
-    if args.layer in ("dense", "gap"):
-        return tokenizer, DenseLayer(token_dim, width, noisy=noisy), width
+    dense_layers = {"dense": DenseLayer, "gap": DenseLayer, "tokenized": TokenizedLayer}
+    if args.layer in dense_layers:
+        width = args.expert_hidden_dim * args.num_experts
+        return tokenizer, dense_layers[args.layer](token_dim, width, noisy=noisy), width
     sizes = num_tokens, token_dim, args.num_experts, args.expert_hidden_dim
     options = {"capacity_factor": args.capacity_factor, "noisy": noisy}
     if args.layer == "softmoe":
