@@ -5,8 +5,9 @@
 
 Two emulators play the same game with the same seed and the same actions. One shows the network its grey frames, the
 other draws the screen in colour. Their rewards are compared at every step. The picture of an expert is the newest
-frame, lit where the tokens are that its slots read: the dispatch weights, averaged over slots. Only PerConv and
-PerPatch tokens have places in the frame, and dense layers have no experts.
+frame, lit where the tokens are that its slots read most: the dispatch weights, averaged over slots, as multiples of
+equal weights. The numbers below it are those of the darkest and the brightest place. Only PerConv and PerPatch tokens
+have places in the frame, and dense layers have no experts.
 """
 
 import math
@@ -36,7 +37,7 @@ FPS = 15  # agent steps per second, as on the console
 HEIGHT, WIDTH = 420, 320  # of the screen, twice as large as the console's
 TILE = 120  # side of an expert's picture
 GIF = {"codec": "gif", "pix_fmt_out": "pal8", "macro_block_size": 1}
-GIF["output_params"] = ["-vf", "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"]
+GIF["output_params"] = ["-vf", "split[a][b];[a]palettegen=max_colors=32[p];[b][p]paletteuse=dither=none"]
 
 
 @dataclass
@@ -49,12 +50,12 @@ class Options:
 
 
 def expert_maps(output, tokenization: str) -> np.ndarray:
-    """Return how much each expert reads of each place, (E, h, w), with a maximum of 1. E is 0 where there is no map."""
+    """Return the weight of each place in each expert, (E, h, w); 1 is the mean. E is 0 where there is no map."""
     if output is None or tokenization not in ("PerConv", "PerPatch", "PerPatchAvg"):
         return np.zeros((0, 1, 1))
     dispatch = output.routing.dispatch_weights[0].mean(dim=2).T  # (E, T)
     side = math.isqrt(dispatch.shape[1])
-    maps = (dispatch / dispatch.amax(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side)
+    maps = (dispatch / dispatch.mean(dim=1, keepdim=True)).view(-1, side, side)
     if tokenization != "PerConv":
         maps = maps.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
         rest = 2 if side == 3 else 0  # the last two of 11 rows and columns are in no patch
@@ -69,12 +70,13 @@ def draw(screen: np.ndarray, frame: np.ndarray, maps: np.ndarray, q_values: np.n
     canvas.paste(Image.fromarray(screen).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
     pen, grey = ImageDraw.Draw(canvas), Image.fromarray(frame).resize((TILE - 4, TILE - 4))
     dark = Image.merge("RGB", [grey.point(lambda v: v // 3)] * 3)
-    lit = Image.merge("RGB", [grey.point(lambda v: min(255, v + 90)), grey, grey.point(lambda v: v // 2)])
+    lit = Image.merge("RGB", [grey.point(lambda v: min(255, v + 150)), grey, grey.point(lambda v: v // 2)])
     for i, values in enumerate(maps):
-        light = Image.fromarray((255 * values).astype(np.uint8)).resize(grey.size, Image.Resampling.BILINEAR)
+        low, high = values.min(), values.max()
+        light = Image.fromarray((255 * (values - low) / max(high - low, 1e-9)).astype(np.uint8))
         place = (WIDTH + 2 + TILE * (i // 3), 2 + 140 * (i % 3))
-        canvas.paste(Image.composite(lit, dark, light), place)
-        pen.text((place[0], place[1] + TILE - 4), f"expert {i}", fill="white")
+        canvas.paste(Image.composite(lit, dark, light.resize(grey.size, Image.Resampling.NEAREST)), place)
+        pen.text((place[0], place[1] + TILE - 4), f"expert {i}: {low:.2f} to {high:.2f}", fill="white")
     left, low, high = WIDTH + TILE * columns + 8, q_values.min(), q_values.max()
     for i, (name, value) in enumerate(zip(names, q_values, strict=True)):
         share, top = (value - low) / max(high - low, 1e-9), 24 + i * min(20, 380 // len(names))
