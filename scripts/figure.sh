@@ -23,7 +23,8 @@
 #             released by the authors.
 #   18        Filters of 3x3, 4x4 and 6x6 in the Impala encoder. Rainbow, 8 experts.
 #   drq_eps   Not in the paper: DrQ(eps) with the Nature CNN, dense and with 4 experts, on the 18 games of
-#             drq_eps_100k.csv. --plot also draws the evaluations beside those of the 100 published seeds.
+#             drq_eps_100k.csv. --plot also draws the evaluations beside those of the 100 published seeds. A game starts
+#             with up to 28 no-op frames, as there (Dopamine's DrQ(eps) of 2022: 29), and not with up to 116.
 #   tokenize  "Don't flatten, tokenize!" (Sokar et al., 2024): what of a Soft MoE carries the gain. Rainbow.
 #
 # In the environment GAMES, SEEDS and STEPS (agent steps; updates offline) replace the paper's. RUNS_DIR is the folder of
@@ -80,7 +81,7 @@ case ${1:-} in
             "softmoe --num-experts 8"{," --normalize-router"," --expert-variant big"," --expert-variant big --normalize-router"}) ;;
     18) variants=("" "--impala-filter 4" "--impala-filter 6") x=impala_filter ;;
     drq_eps)
-        agents=(drq_eps) layers=("dense --num-experts 1" "softmoe --num-experts 4")
+        agents=("drq_eps --noop-max 8") layers=("dense --num-experts 1" "softmoe --num-experts 4")
         published=$scripts/drq_eps_100k.csv
         games=$(tail -n +2 "$published" | cut -d, -f1) ;;
     tokenize)
