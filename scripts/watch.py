@@ -50,12 +50,12 @@ class Options:
 
 
 def expert_maps(output, tokenization: str) -> np.ndarray:
-    """Return the weight of each place in each expert, (E, h, w); 1 is the mean. E is 0 where there is no map."""
+    """Return the weight of each place in each expert, (E, h, w), divided by the mean. E is 0 where there is no map."""
     if output is None or tokenization not in ("PerConv", "PerPatch", "PerPatchAvg"):
         return np.zeros((0, 1, 1))
     dispatch = output.routing.dispatch_weights[0].mean(dim=2).T  # (E, T)
     side = math.isqrt(dispatch.shape[1])
-    maps = (dispatch / dispatch.mean(dim=1, keepdim=True)).view(-1, side, side)
+    maps = (dispatch / dispatch.mean(dim=1, keepdim=True).clamp_min(1e-9)).view(-1, side, side)
     if tokenization != "PerConv":
         maps = maps.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
         rest = 2 if side == 3 else 0  # the last two of 11 rows and columns are in no patch

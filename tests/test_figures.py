@@ -564,6 +564,14 @@ def test_watch_films_the_very_game(layer, tokenization, name, tmp_path):
     assert frames == 40
 
 
+def test_maps_are_multiples_of_equal_weights():
+    watch = importlib.import_module("watch")
+    dispatch = torch.zeros(1, 4, 2, 3)  # four places, two experts of three slots; the second expert gets no token
+    dispatch[0, :, 0] = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]) / 2
+    maps = watch.expert_maps(SimpleNamespace(routing=SimpleNamespace(dispatch_weights=dispatch)), "PerConv")
+    np.testing.assert_allclose(maps, [[[2 / 3, 2 / 3], [2 / 3, 2]], [[0, 0], [0, 0]]], rtol=1e-6)
+
+
 def test_doctor_says_whether_a_command_will_run(tmp_path, monkeypatch, capsys):
     doctor = importlib.import_module("doctor")
     probe = doctor.probe
