@@ -24,7 +24,7 @@
 #   18        Filters of 3x3, 4x4 and 6x6 in the Impala encoder. Rainbow, 8 experts.
 #   drq_eps   Not in the paper: DrQ(eps) with the Nature CNN, dense and with 4 experts, on the 18 games of
 #             drq_eps_100k.csv. --plot also draws the evaluations beside those of the 100 published seeds. A game starts
-#             with up to 28 no-op frames, as there (Dopamine's DrQ(eps) of 2022: 29), and not with up to 116.
+#             with up to 28 no-op frames (Dopamine's DrQ(eps) of 2022: 29); der_softmoe.py's default is up to 116.
 #   tokenize  "Don't flatten, tokenize!" (Sokar et al., 2024): what of a Soft MoE carries the gain. Rainbow.
 #
 # In the environment GAMES, SEEDS and STEPS (agent steps; updates offline) replace the paper's. RUNS_DIR is the folder of

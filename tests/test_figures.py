@@ -570,6 +570,9 @@ def test_maps_are_multiples_of_equal_weights():
     dispatch[0, :, 0] = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]) / 2
     maps = watch.expert_maps(SimpleNamespace(routing=SimpleNamespace(dispatch_weights=dispatch)), "PerConv")
     np.testing.assert_allclose(maps, [[[2 / 3, 2 / 3], [2 / 3, 2]], [[0, 0], [0, 0]]], rtol=1e-6)
+    black = np.zeros((210, 160, 3), np.uint8), np.zeros((84, 84), np.uint8)
+    picture = np.asarray(watch.draw(*black, maps, np.zeros(1), ["NOOP"], ""))[2:118, watch.WIDTH + 2 :]
+    assert picture[0, 0, 0] == 0 and picture[-1, 115, 0] > 140  # red of the darkest and of the brightest place
 
 
 def test_doctor_says_whether_a_command_will_run(tmp_path, monkeypatch, capsys):
